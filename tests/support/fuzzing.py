@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from zimage_train.errors import ZImageTrainError
 
 CORPUS = Path(__file__).parents[1] / "faults" / "corpus"
-SECONDS, HANG_SECONDS = 1.0, 20
-"""Processor time that a case may take, and after which it is ended."""
+SECONDS, HANG_SECONDS = 2.0, 20
+"""Processor time that a case may take, about a second on a usual machine, and after which it is ended."""
 MEGABYTES = 200
 """Memory that a case may take beyond what the process had."""
 CASES = int(os.environ.get("FUZZ_CASES", "0"))

@@ -17,6 +17,7 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000
 MAX_DEPTH = 40
+TOO_LARGE = "too large or nested too deeply for a config"
 
 _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
@@ -128,9 +129,11 @@ class _Loader(yaml.SafeLoader):
     """A loader that refuses explicit tags, which `_Builder` would ignore: `!!str 5` would be a number."""
 
     depth = 0
+    num_nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
+        self.num_nodes += 1
         tag = getattr(event, "tag", None)
         line = event.start_mark.line + 1
         if tag is not None:
@@ -138,6 +141,8 @@ class _Loader(yaml.SafeLoader):
             raise YamlError(line, f"has the tag {tag}, and only plain values are read")
         if self.depth > MAX_DEPTH:
             raise YamlError(line, f"is nested more than {MAX_DEPTH} deep")
+        if self.num_nodes > 2 * MAX_NODES:  # keys count here, too; the builder counts values, with those of aliases
+            raise YamlError(line, TOO_LARGE)
         self.depth += 1
         node = cast(yaml.Node, super().compose_node(parent, index))
         self.depth -= 1
@@ -155,7 +160,7 @@ class _Builder:
         line = node.start_mark.line + 1
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            raise YamlError(line, "too large or nested too deeply for a config", path)
+            raise YamlError(line, TOO_LARGE, path)
         self.document.lines.setdefault(path, line)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)

@@ -188,7 +188,7 @@ def _load(text: str) -> CommentedMap:
     load.parse(NAME, text)
     try:
         document = _yaml().load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # a number of thousands of digits, which this trainer reads as text
         raise ConfigError(Problem(str(NAME), "is no YAML", str(error).splitlines()[0], "bad-yaml")) from None
     return document if isinstance(document, CommentedMap) else CommentedMap()
 

@@ -92,7 +92,8 @@ def split_flags(prompt: str) -> tuple[str, dict[str, str]]:
 
 
 def _number(text: str) -> float:
-    return int(text) if text.lstrip("-").isdecimal() else float(text)
+    # A number of thousands of digits is none for `int`; as a float it is infinite, which is refused as such.
+    return int(text) if text.lstrip("-").isdecimal() and len(text) < 20 else float(text)
 
 
 def _shared_value(job: AIToolkitJob, items: list[Values], name: str, default: Any) -> Any:
