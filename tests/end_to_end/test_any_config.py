@@ -146,3 +146,11 @@ def test_any_config(tmp_path: Path, shared_cache: Path, capsys: pytest.CaptureFi
 
     run()
     assert counts["trained"] > counts["refused"], counts
+
+
+@pytest.mark.slow
+def test_stopped_within_the_first_step(make_config, monkeypatch: pytest.MonkeyPatch):
+    """A run that was asked to stop between the batches of its first step has nothing to save, and begins anew."""
+    config = make_config(train={"steps": 2, "batch_size": 1, "grad_accumulation": 2})
+    files, records = outcome(config, monkeypatch, 1, is_crash=False)
+    assert len(files) == 1 and [record["step"] for record in records] == [1, 2]

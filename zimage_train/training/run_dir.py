@@ -318,9 +318,9 @@ def require_untouched(folder: RunDir) -> None:
         WeightsError: names the step that was saved.
     """
     todo = "put them back, or begin again with --fresh"
-    saved = [
-        record["step"] for record in metrics.read_records(folder.events) if record.get("event") in ("save", "stopped")
-    ]
+    # A run that was stopped within its first step has nothing to save.
+    events = [event for event in metrics.read_records(folder.events) if event["step"] > 0]
+    saved = [event["step"] for event in events if event.get("event") in ("save", "stopped")]
     if saved:
         what = f"its checkpoints are gone; the last one was of step {max(saved)}"
         raise WeightsError(Problem(str(folder.checkpoints), what, todo, "checkpoints-gone"))
