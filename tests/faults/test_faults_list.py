@@ -72,7 +72,7 @@ def test_every_fault_of_the_list_has_a_test():
 
 
 def test_no_file_of_faults_is_left_out():
-    assert {path.name for path in HERE.glob("test_*.py")} == {
+    assert {path.name for path in HERE.glob("test_faults_*.py")} == {
         *GROUPS.values(),
         "test_faults_helper.py",
         Path(__file__).name,
