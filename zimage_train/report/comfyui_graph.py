@@ -4,12 +4,11 @@ From the only sampler node, links are followed to the texts, the size, the seed 
 is named; nothing is guessed.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-
-from zimage_train.io.json_text import parse_json
 
 MAX_NODES = 5_000
 MAX_LINKS = 100
@@ -108,8 +107,8 @@ class _Graph:
 
     def __init__(self, text: str) -> None:
         try:
-            nodes = parse_json(text)
-        except ValueError:
+            nodes = json.loads(text)
+        except (ValueError, RecursionError):
             raise UnreadableError("it is not the JSON of a graph of ComfyUI") from None
         if not isinstance(nodes, dict) or len(nodes) > MAX_NODES:
             raise UnreadableError("it is not a graph of ComfyUI")
