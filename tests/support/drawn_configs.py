@@ -132,7 +132,7 @@ def nested(option: str, value: Any) -> dict[str, Any]:
 
 @st.composite
 def drawn_values(draw: st.DrawFn, output: Path, cache: Path) -> dict[str, Any]:
-    """Plain values of a run of four steps, with up to eight settings drawn from all that the schema has."""
+    """Plain values of a run of four steps, with up to four settings drawn from all that the schema has."""
     values: dict[str, Any] = {
         "name": "drawn",
         "output_dir": str(output),
@@ -147,7 +147,7 @@ def drawn_values(draw: st.DrawFn, output: Path, cache: Path) -> dict[str, Any]:
         "save": {"every": 2, "dtype": "fp32"},
         "log": {"tensorboard": False},
     }
-    for option in draw(st.lists(st.sampled_from(sorted(CHOICES)), min_size=1, max_size=8, unique=True)):
+    for option in draw(st.lists(st.sampled_from(sorted(CHOICES)), min_size=1, max_size=4, unique=True)):
         values = merge(values, nested(option, draw(st.sampled_from(CHOICES[option]))))
     values = merge(values, draw(st.sampled_from(SETS)))
     values = merge(values, _schedule_params(values) | _without_rank(values))
