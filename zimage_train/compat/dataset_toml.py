@@ -238,9 +238,7 @@ def _read_keys(reader: _Reader, section: dict[str, Any], here: KeyPath, rules: d
             kinds = rule.kind if isinstance(rule.kind, tuple) else (rule.kind,)
             wanted = " or ".join(dict.fromkeys(_TYPES[one] for one in kinds))
             reader.refuse(path, f"is {value!r}", f"give {wanted}")
-        elif any(
-            isinstance(one, int) and abs(one) > LARGEST for one in (value if isinstance(value, list) else [value])
-        ):
+        elif any(isinstance(one, int) and abs(one) > LARGEST for one in _as_list(value)):
             reader.refuse(path, "is a number that no setting can have", "write a smaller one")
         elif rule.setting or (not rule.why):
             values[key], origins[key] = value, path
