@@ -116,10 +116,10 @@ def end_in(monkeypatch: pytest.MonkeyPatch, step: int, is_crash: bool) -> None:
 
 @pytest.mark.slow
 def test_any_config(tmp_path: Path, shared_cache: Path, capsys: pytest.CaptureFixture[str]):
-    """Any config that is accepted trains to the same bytes in one start and in two, and few are refused."""
+    """Any config that is accepted trains to the same bytes in one start and in two; at least two of five are."""
     counts: Counter[str] = Counter()
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    size = {"max_examples": EXAMPLES} if EXAMPLES else {"max_examples": 30, "derandomize": True}
+    size = {"max_examples": EXAMPLES} if EXAMPLES else {"max_examples": 40, "derandomize": True}
 
     @settings(deadline=None, database=None, phases=[Phase.generate], suppress_health_check=checks, **size)
     @given(values=drawn_values(tmp_path / "runs", shared_cache), step=st.integers(1, 3), is_crash=st.booleans())
@@ -145,7 +145,7 @@ def test_any_config(tmp_path: Path, shared_cache: Path, capsys: pytest.CaptureFi
         require_keys(capsys.readouterr().out)
 
     run()
-    assert counts["trained"] > counts["refused"], counts
+    assert 5 * counts["trained"] >= 2 * counts.total(), counts
 
 
 @pytest.mark.slow
