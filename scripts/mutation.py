@@ -185,8 +185,14 @@ def difference(before: str, after: str) -> str:
 
 def changed_lines(diff: str) -> tuple[str, str]:
     """Return what a difference takes away and what it puts there, without spaces."""
-    lines = diff.splitlines()
-    return tuple("".join("".join(line[1:].split()) for line in lines if line[0] == sign) for sign in "-+")
+    before, after = "", ""
+    for line in diff.splitlines():
+        text = "".join(line[1:].split())
+        if line[0] == "-":
+            before += text
+        else:
+            after += text
+    return before, after
 
 
 def argument_for(module: str, diff: str, argued: list[dict[str, str]]) -> dict[str, str] | None:

@@ -158,8 +158,7 @@ def test_machines_with_other_files(tmp_path: Path):
         for n in range(2):
             launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
             launcher += ["--node-rank", str(n), "--master-addr", "127.0.0.1", "--master-port", port]
-            train = {"steps": steps, "batch_size": 1}
-            machines.append(machine(n, tmp_path, launcher, train=train))
+            machines.append(machine(n, tmp_path, launcher, train={"steps": steps, "batch_size": 1}))
         return outputs_of(machines, tmp_path)
 
     assert [code for code, _ in train(2)] == [0, 0]

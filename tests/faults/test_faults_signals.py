@@ -141,6 +141,20 @@ def test_signal_in_the_last_export(tmp_path: Path, monkeypatch, whole: Config, c
     assert facts(config)["starts"] == [0, STEPS, STEPS] and drawn(config) == drawn(whole)
 
 
+@pytest.mark.slow
+def test_signal_beside_an_asked_save(tmp_path: Path, monkeypatch, cache: Path):
+    """55. A LoRA that was asked for in the step in which a signal comes is exported: no later start would do it."""
+    config = config_in(tmp_path, cache)
+    with monkeypatch.context() as patch:
+        fault = SignalAt(patch, loop, "keyed_int", 2 * 3 + 2, signal.SIGTERM)  # the last batch of step 4
+        take = outputs.requests.take
+        patch.setattr(outputs.requests, "take", lambda folder: {"save"} if fault.fired else take(folder))
+        with pytest.raises(Stopped, match="after step 4, which is saved"):
+            run_training(config, fresh=False)
+    assert fault.fired == 1 and SETTINGS["save"]["every"] == 3
+    assert (folder(config) / "lora" / f"{config.name}-000004.safetensors").exists()
+
+
 def test_a_signal_must_have_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """55. Check: a signal that is asked for at a call that never comes is not counted as one that came."""
     with monkeypatch.context() as patch:

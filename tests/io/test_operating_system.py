@@ -148,3 +148,15 @@ def test_names_of_devices_are_known(name: str):
 @pytest.mark.parametrize("name", ["console", "com", "com10", "COM0", "my.con", "zorb"])
 def test_other_names_are_free(name: str):
     assert not operating_system.is_device_name(name)
+
+
+def test_longest_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A name is too long if this system has no file of it: bytes count, and on Windows units of UTF-16."""
+    longest = "画" * 85
+    (tmp_path / longest).touch()
+    assert not operating_system.is_too_long(str(tmp_path / longest))
+    with pytest.raises(OSError, match="too long"):
+        (tmp_path / f"{longest}x").touch()
+    assert operating_system.is_too_long(f"{longest}x") and operating_system.is_too_long("ab/" * 1366)
+    monkeypatch.setattr(operating_system, "is_windows", lambda: True)
+    assert not operating_system.is_too_long("画" * 255) and operating_system.is_too_long("😀" * 128)

@@ -23,7 +23,8 @@ def test_split_models_are_refused(variable: str):
     ("environment", "said"),
     [
         ({}, []),
-        ({"MASTER_ADDR": "10.0.0.1"}, []),
+        ({"MASTER_ADDR": "127.0.0.1"}, []),
+        (ONE_OF_ACCELERATE | {"MASTER_ADDR": "node-1"}, []),
         (ONE_OF_ACCELERATE, []),
         (ONE_OF_ACCELERATE | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}, []),
         (ONE_OF_ACCELERATE | {"MASTER_ADDR": "127.0.0.1"}, ["has started one"]),

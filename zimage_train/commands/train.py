@@ -67,11 +67,12 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         spec, plan = plan_for_devices(spec, world, folder, allow)
         context = open_context(spec, world, console, stop, clock)
         checkpoint = find_checkpoint(context, block_path(plan, world.device, attention), allow)
-        if checkpoint is not None and is_complete(context, checkpoint.step):
-            console.info(f"{config.name} is complete: {folder.lora()}")
-            return
         start_step = checkpoint.step if checkpoint else 0
         distributed.require_equal(world, shared_facts(context, start_step))
+        # Another machine may lack what only the main process writes.
+        if distributed.of_main(world, checkpoint is not None and is_complete(context, checkpoint.step)):
+            console.info(f"{config.name} is complete: {folder.lora()}")
+            return
         if world.is_main:
             remove_later_previews(context.preview_sets, start_step)
         stack.enter_context(console.live_progress())

@@ -2,8 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from re import _parser  # pyright: ignore[reportAttributeAccessIssue]  the only parser that reads what `re` does
 from typing import Any
 
 from zimage_train.config.types import SettingError
@@ -20,8 +21,9 @@ BLOCK_GROUPS: dict[str, dict[str, str]] = {
 }
 """Group -> component -> the name of its module in a block."""
 _MODULES_BY_COMPONENT = dict(chain.from_iterable(modules.items() for modules in BLOCK_GROUPS.values()))
-MAX_REPETITIONS = 4
-"""Repetitions in a regular expression; the time of a search grows with a power of their number."""
+MAX_REPETITIONS, MAX_OPTIONAL = 4, 8
+"""Repetitions in a regular expression; the time of a search grows with a power of their number. Parts that can be left
+out double it."""
 COMPONENTS = tuple(_MODULES_BY_COMPONENT)
 BLOCK_MODULES = tuple(_MODULES_BY_COMPONENT.values())
 
@@ -58,27 +60,64 @@ def module_pattern(name: str) -> re.Pattern[str]:
         raise SettingError(f"not a regular expression: {error}") from None
 
 
-def compile_bounded(pattern: str) -> re.Pattern[str]:
-    """Return a compiled regular expression that decides on a name at once.
+def compile_bounded(pattern: str, within: str = "{}") -> re.Pattern[str]:
+    """Return a compiled regular expression that decides on a name at once, put into the `{}` of `within`.
 
-    Python's `re` goes back and tries again, which takes for ever where a group with repetitions is itself repeated.
+    Python's `re` goes back and tries again, which takes for ever where what may be repeated is itself repeated.
 
     Raises:
         UnboundedPatternError: it may take for ever.
         ValueError: it is no regular expression.
     """
-    if re.search(r"\)[*+{]", pattern):
-        raise UnboundedPatternError("it repeats a group, which may take for ever")
-    if len(re.findall(r"[*+{]", pattern)) > MAX_REPETITIONS or pattern.count("?") > 2 * MAX_REPETITIONS:
-        raise UnboundedPatternError(f"it has more than {MAX_REPETITIONS} repetitions, which may take for ever")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what later versions of `re` may read otherwise
-            return re.compile(pattern)
+            _require_bounded(_parser.parse(pattern))
+            return re.compile(within.replace("{}", pattern))
+    except UnboundedPatternError:
+        raise
     except (re.error, OverflowError) as error:
         raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _require_bounded(parsed: Any) -> None:
+    repetitions, optional = _count(parsed, is_repeated=False)
+    if repetitions > MAX_REPETITIONS or optional > MAX_OPTIONAL:
+        what = f"more than {MAX_REPETITIONS} repetitions or {MAX_OPTIONAL} optional parts in a row"
+        raise UnboundedPatternError(f"it has {what}, which may take for ever")
+
+
+def _count(parsed: Any, is_repeated: bool) -> tuple[int, int]:
+    """Return the largest numbers of repetitions and of optional parts on a way through a parsed pattern.
+
+    Raises:
+        UnboundedPatternError: what is repeated holds repetitions, optional parts or alternatives.
+    """
+    repetitions = optional = 0
+    for operation, argument in parsed:
+        name = str(operation)
+        inner = [part for part in _parts(argument) if isinstance(part, _parser.SubPattern)]
+        is_repetition = "REPEAT" in name
+        low, high = argument[:2] if is_repetition else (1, 1)
+        if is_repeated and (name == "BRANCH" or low != high):
+            raise UnboundedPatternError("it repeats what can itself be repeated or left out, which may take for ever")
+        if name == "GROUPREF":
+            raise UnboundedPatternError("it refers to a group, which may take for ever")
+        counts = [_count(part, is_repeated or int(high) > 1) for part in inner]
+        repetitions += max((count for count, _ in counts), default=0) + int(low != high and int(high) > 1)
+        optional += max((count for _, count in counts), default=0) + int((low, int(high)) == (0, 1))
+    return repetitions, optional
+
+
+def _parts(argument: Any) -> Iterator[Any]:
+    """Yield the parts of a parsed operation's argument, at any depth of lists and tuples."""
+    if isinstance(argument, list | tuple):
+        for part in argument:
+            yield from _parts(part)
+    else:
+        yield argument
 
 
 def require_patterns(values: Mapping[str, Any]) -> None:

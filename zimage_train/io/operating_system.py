@@ -24,8 +24,8 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Waits between attempts, while a virus scanner or an indexer has a file open."""
 WINDOWS_PATH_LENGTH = 259
-MAX_NAME_BYTES, MAX_PATH_BYTES = 240, 4000
-"""What file systems take, 255 and 4095, less what an extension adds."""
+MAX_NAME, MAX_PATH = 255, 4095
+"""What file systems take of a name and of a path: bytes, or on Windows units of UTF-16."""
 PORTS = {f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789¹²³"}
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *PORTS}
 
@@ -117,9 +117,15 @@ def is_open_elsewhere(error: OSError) -> bool:
 
 
 def is_too_long(path: str) -> bool:
-    """Return whether no file can have this path, or one with a longer extension: asking for it raises an OSError."""
-    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in re.split(r"[\\/]", path))
-    return longest > MAX_NAME_BYTES or len(path.encode("utf-8", "surrogateescape")) > MAX_PATH_BYTES
+    """Return whether no file can have this path: asking for it raises an OSError."""
+    lengths = [_length(part) for part in re.split(r"[\\/]", path)]
+    return max(lengths) > MAX_NAME or _length(path) > MAX_PATH
+
+
+def _length(text: str) -> int:
+    if is_windows():
+        return len(text.encode("utf-16-le", "surrogatepass")) // 2
+    return len(text.encode("utf-8", "surrogateescape"))
 
 
 def is_device_name(name: str) -> bool:

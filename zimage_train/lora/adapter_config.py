@@ -140,12 +140,11 @@ def _compiled(path: Path, pattern: str) -> re.Pattern[str]:
         WeightsError: matching may take for ever.
     """
     try:
-        compile_bounded(pattern)
-        return re.compile(rf"(.*\.)?({pattern})$")
+        return compile_bounded(pattern, r"(.*\.)?({})$")
     except UnboundedPatternError as error:
         finding = f"its metadata has the pattern {pattern[:40]!r}: {error}"
         raise WeightsError(Problem(str(path), finding, TODO, "conflicting-alpha")) from None
-    except (ValueError, re.error):
+    except ValueError:
         return re.compile(rf"{re.escape(pattern)}\Z")
 
 

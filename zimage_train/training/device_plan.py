@@ -63,10 +63,12 @@ def plan_for_devices(
         what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
         todo = str(preflight.how_to_fit(spec, limit_bytes, is_gpu))
         raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
-    spec = _with_quantization(spec, plan.placement.quantization)
-    if own_bytes > limit_bytes:
+    # The card and the main memory of each machine count too, so the main process decides for all.
+    quantization, is_fused = distributed.of_main(world, (plan.placement.quantization, plan.workload.is_fused))
+    spec = _with_quantization(spec, quantization)
+    if world.world_size > 1:
         own_limits = replace(limits, limit_bytes=own_bytes)
-        plan = forecast.plan_for(spec, own_limits, is_gpu, processes_here, plan.workload.is_fused)
+        plan = forecast.plan_for(spec, own_limits, is_gpu, processes_here, is_fused)
     return spec, plan
 
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -15,6 +15,7 @@ from torch import Tensor
 from zimage_train.errors import ConfigError, Problem, WorkerLostError
 from zimage_train.training.launch import launch_problems
 
+T = TypeVar("T")
 TIMEOUT = timedelta(hours=12)
 """Longest time that processes wait, as while the main process draws; torch's default of 10 minutes is too short."""
 
@@ -69,6 +70,20 @@ def barrier() -> None:
         PartialState().wait_for_everyone()
 
 
+def of_main(world: World, value: T) -> T:
+    """Return the `value` of the main process, in all of them.
+
+    Raises:
+        WorkerLostError: a process has ended.
+    """
+    if world.world_size == 1:
+        return value
+    values = [value]
+    with _reporting_lost_workers():
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def require_equal(world: World, facts: Mapping[str, str]) -> None:
     """Require that `facts` have the same values in every process; processes may be on machines with other files.
 
@@ -86,7 +101,9 @@ def require_equal(world: World, facts: Mapping[str, str]) -> None:
         for name in facts:
             if values[name] != gathered[0][name]:
                 what = f"is {values[name]} in process {rank} on {values['host']}, and {gathered[0][name]} in the first"
-                todo = "give every machine the same config, images, model and run folder, as on a shared volume"
+                todo = (
+                    "give every machine the same versions, config, images, model and run folder, as on a shared volume"
+                )
                 problems.append(Problem(f"launch: {name}", what, todo, "processes-differ"))
     if problems:
         raise ConfigError(*problems)

@@ -11,7 +11,7 @@ from zimage_train.io import atomic
 from zimage_train.lora import lora_file, metadata, verify
 from zimage_train.lora.deltas import Deltas
 from zimage_train.report import preview_images
-from zimage_train.training.state import TrainState
+from zimage_train.training.state import TrainState, is_due
 
 
 def export_step(state: TrainState, step: int) -> None:
@@ -20,12 +20,19 @@ def export_step(state: TrainState, step: int) -> None:
     Raises:
         WeightsError: a file would be loaded as other weights; it is renamed to `.unverified`.
         DiskError: a file cannot be written.
-        Stopped: a signal came; the next start exports from the checkpoint, which is written before.
+        Stopped: a signal came; the next start exports from the checkpoint. What was asked for once is exported now.
     """
     averages = [None] if state.ema is None else [None, state.ema.shadow]
     for average in averages:
-        state.heed_stop()
+        if is_save_due(state, step):
+            state.heed_stop()
         _export(state, step, _path(state, step, is_ema=average is not None), state.lora.deltas(average))
+
+
+def is_save_due(state: TrainState, step: int) -> bool:
+    """Return whether `step` is saved and exported by the config, not only because somebody asked for it."""
+    last = state.config.train.steps
+    return step == last or is_due(state.config.save.every, step, last)
 
 
 def save_picture(state: TrainState, step: int) -> None:

@@ -30,8 +30,9 @@ def launch_warnings(environment: Mapping[str, str], dtype: str) -> list[str]:
     if "ACCELERATE_MIXED_PRECISION" not in environment:
         return []  # another launcher, or none
     warnings = []
-    # For several processes accelerate names a meeting place; torchrun, which then starts them, adds their number.
-    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+    # For several processes accelerate names a meeting place on this machine; torchrun, which then starts them, adds
+    # their number. A cluster names other places, for a single process too.
+    if environment.get("MASTER_ADDR") == "127.0.0.1" and "WORLD_SIZE" not in environment:
         warnings.append(
             "accelerate launch was asked for several processes and has started one; for several on a machine without a "
             "GPU, add --multi_gpu and leave out --cpu"

@@ -159,7 +159,7 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
     asked = requests.take(state.folder)
     if "preview" in asked and not state.preview_sets:
         state.console.warning("previews were asked for, but sample.prompts is empty or sample.every is null")
-    saves = step == last or is_due(state.config.save.every, step, last) or "save" in asked
+    saves = exports.is_save_due(state, step) or "save" in asked
     draws = is_due(state.config.sample.every, step, last) or "preview" in asked
     validates = is_due(state.config.validation.every, step, last)
     if saves:

@@ -135,12 +135,12 @@ class _LoraFacts(BaseModel):
 
 class _Warning(BaseModel):
     text: str
-    changes: dict[str, int | float | str]
+    changes: dict[str, Any]
 
 
 class _QuantizedFacts(BaseModel):
     weight_error: FiniteFloat
-    adapter_arrived: FiniteFloat | None = None
+    adapter_arrived: FiniteFloat = 1.0
 
 
 _FACT_TYPES: dict[str, TypeAdapter[Any]] = {
@@ -165,7 +165,7 @@ def _is_sound(key: str, value: object) -> bool:
     """Return whether an entry of run.json has the form that this version gives it, or is none that is read."""
     if key in _FACT_TYPES:
         try:
-            _FACT_TYPES[key].validate_python(value)
+            _FACT_TYPES[key].validate_python(value, strict=True)
         except ValidationError:
             return False
     return True
