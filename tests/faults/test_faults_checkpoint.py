@@ -626,7 +626,7 @@ def test_a_volume_that_stalls(make_config, monkeypatch: pytest.MonkeyPatch, caps
     assert numbers(config) == numbers(whole) and losses(config) == losses(whole)
 
 
-def test_records_of_a_volume_that_comes_back(tmp_path: Path):
+def test_a_volume_that_comes_back(tmp_path: Path):
     """37. Records that a volume does not take for a while are written when it takes them again: none is lost."""
     code = """
 import resource, signal

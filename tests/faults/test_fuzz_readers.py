@@ -79,7 +79,7 @@ def test_damaged_files_are_answered(reader: FileReader, path: Path, seeds: Seeds
     answer(reader, path, mutated(seeds[number % len(seeds)], changes))
 
 
-def test_no_folder_of_the_corpus_is_left_out():
+def test_no_folder_is_left_out():
     assert {folder.name for folder in CORPUS.iterdir()} == {
         *(reader.container for reader in READERS.values() if reader.container),
         *READERS.keys() - NO_CORPUS,

@@ -117,6 +117,7 @@ def test_search(browser: Browser, server: PageServer):
     page = context.new_page()
     page.goto(server.address)
     expect(page.locator("tbody tr")).to_have_count(25, timeout=20_000)
+    page.wait_for_function("window.did_handshake")  # what is typed before the server listens is lost
     page.keyboard.press("/")
     page.keyboard.type("run_4")
     expect(page.locator("tbody tr")).to_have_count(10)

@@ -9,6 +9,7 @@ import typer
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
 from zimage_train.errors import ConfigError, Problem
+from zimage_train.io.operating_system import is_too_long
 from zimage_train.report.printing import print_lines, print_notes
 
 draw_commands = typer.Typer()
@@ -327,10 +328,13 @@ def _parse_models(
         problems.append(Problem(where, "is given twice with the same value", "give it once", "set-twice"))
     if variant not in VARIANTS:
         problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}", "bad-argument"))
-    for part, source in asdict(parts).items():
+    places = {f"--{part.replace('_', '-')}": source for part, source in asdict(parts).items()}
+    for option, source in places.items():
         if source == "":
-            option = f"--{part.replace('_', '-')}"
             problems.append(Problem(option, "is empty", "give a folder or hub id, or leave it out", "bad-argument"))
+    for place, name in [*((where, name) for name in names), *places.items()]:
+        if name is not None and is_too_long(name):
+            problems.append(Problem(place, f"{name[:40]}... is too long for a path", "check the path", "too-long"))
     if dtype not in ("bf16", "fp32"):
         problems.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32", "bad-argument"))
     if problems:

@@ -70,7 +70,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         start_step = checkpoint.step if checkpoint else 0
         distributed.require_equal(world, shared_facts(context, start_step))
         # Another machine may lack what only the main process writes.
-        if distributed.of_main(world, checkpoint is not None and is_complete(context, checkpoint.step)):
+        if distributed.of_main(checkpoint is not None and is_complete(context, checkpoint.step)):
             console.info(f"{config.name} is complete: {folder.lora()}")
             return
         if world.is_main:

@@ -64,7 +64,7 @@ def plan_for_devices(
         todo = str(preflight.how_to_fit(spec, limit_bytes, is_gpu))
         raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
     # The card and the main memory of each machine count too, so the main process decides for all.
-    quantization, is_fused = distributed.of_main(world, (plan.placement.quantization, plan.workload.is_fused))
+    quantization, is_fused = distributed.of_main((plan.placement.quantization, plan.workload.is_fused))
     spec = _with_quantization(spec, quantization)
     if world.world_size > 1:
         own_limits = replace(limits, limit_bytes=own_bytes)

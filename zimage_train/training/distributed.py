@@ -70,13 +70,13 @@ def barrier() -> None:
         PartialState().wait_for_everyone()
 
 
-def of_main(world: World, value: T) -> T:
+def of_main(value: T) -> T:
     """Return the `value` of the main process, in all of them.
 
     Raises:
         WorkerLostError: a process has ended.
     """
-    if world.world_size == 1:
+    if not torch.distributed.is_initialized():
         return value
     values = [value]
     with _reporting_lost_workers():
@@ -91,7 +91,7 @@ def require_equal(world: World, facts: Mapping[str, str]) -> None:
         ConfigError: a process has other values than the main process; all processes raise it.
         WorkerLostError: a process has ended.
     """
-    if world.world_size == 1:
+    if not torch.distributed.is_initialized():
         return
     gathered: list[Any] = [None] * world.world_size
     with _reporting_lost_workers():

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import torch
 from torch.distributed import TCPStore
 
 from zimage_train.errors import Problem, WorkerLostError
@@ -31,7 +32,7 @@ def watch_processes(world: World, run: str) -> Iterator[None]:
 
     All processes must enter the block, each as often as the others, with the same `run`.
     """
-    if world.world_size == 1:
+    if not torch.distributed.is_initialized():
         yield
         return
     beats, leaving = Beats(_store, run, world.rank, world.world_size), threading.Event()
