@@ -167,7 +167,7 @@ def test_machines_with_other_files(tmp_path: Path):
     said = train(STEPS)
     for code, output in said:
         assert code != 0 and output.count("the step to continue from: is 0 in process 1 on ") == 1
-        assert "and 2 in the first; give every machine the same config" in output
+        assert "and 2 in the first; give every machine the same" in output
     shutil.copytree(first, second)
     assert [code for code, _ in train(STEPS)] == [0, 0]
 
