@@ -517,7 +517,7 @@ def test_drawn_prompts_are_known_beforehand(
     made = made.model_copy(update={"preserve": PreserveSettings(kind=kind, class_word="shape")})
     found = [tagged, images(others, tag="b")][: 1 + (others > 0)]
     plan = make_sample_order(made, make_items(made, found))
-    samples = samples_of([batch for step in range(1, steps + 1) for batch in plan.step_batches(step)])
+    samples = samples_of(list(itertools.chain.from_iterable(map(plan.step_batches, range(1, steps + 1)))))
     used = {text for sample in samples for text in (sample.prompt, sample.preserve_prompt) if text is not None}
     assert used <= set(plan.prompts(steps))
     assert (kind is None) == all(sample.preserve_prompt is None for sample in samples)
@@ -656,7 +656,7 @@ def test_prompts_are_those_of_the_epochs(
     made = config(entries=entries, grad_accumulation=grad_accumulation)
     made = made.model_copy(update={"train": made.train.model_copy(update={"regularization_share": tenths / 10})})
     plan = make_sample_order(made, make_items(made, found), processes)
-    samples = samples_of([batch for step in range(1, steps + 1) for batch in plan.step_batches(step)])
+    samples = samples_of(list(itertools.chain.from_iterable(map(plan.step_batches, range(1, steps + 1)))))
     prompts = plan.prompts(steps)
     for item in plan.items:
         begun = len({sample.epoch for sample in samples if sample.item.entry == item.entry})

@@ -1,5 +1,6 @@
 """LoKrs on plain linear layers: how they begin, what they add and return, and how they start from others."""
 
+import itertools
 import math
 
 import pytest
@@ -42,7 +43,7 @@ def test_start_of_every_matrix(lora: LoraSettings):
     _, alone = attached(lora, ("y.z",))
     names = ("w1", "w2") if lora.rank is None else ("w1", "w2_a", "w2_b")
     assert layers.modules == ["x", "y.z"] and alone.modules == ["y.z"]
-    assert list(layers.state()) == [f"lora.{module}.{name}" for module in ("x", "y.z") for name in names]
+    assert list(layers.state()) == [f"lora.{module}.{name}" for module, name in itertools.product(("x", "y.z"), names)]
     for name, tensor in layers.state().items():
         if name.endswith(names[-1]):
             assert not tensor.any()

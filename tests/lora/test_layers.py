@@ -1,5 +1,6 @@
 """LoRA layers on plain frozen layers, against float64 arithmetic and exact expectations."""
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -71,7 +72,7 @@ def test_order_in_memory():
     groups = [group for group in layers.product_groups(modules) if group]
     assert groups == [[Q, V], ["final"], [W1], [W2], [ADALN]]
     order = [f"{Q}.A", f"{V}.A", f"{Q}.B", f"{V}.B"]
-    order += [f"{name}.{part}" for name in ("final", W1, W2, ADALN) for part in "AB"]
+    order += [f"{name}.{part}" for name, part in itertools.product(("final", W1, W2, ADALN), "AB")]
     assert layers.memory_order(modules) == order
     _, lora = attached(modules)
     assert list(lora.flat.start) == order and lora.modules == modules
@@ -79,7 +80,7 @@ def test_order_in_memory():
 
 def test_state_has_every_a_first():
     _, lora = attached((K, Q))
-    assert list(lora.state()) == [f"lora.{name}.{part}" for part in "AB" for name in (K, Q)]
+    assert list(lora.state()) == [f"lora.{name}.{part}" for part, name in itertools.product("AB", (K, Q))]
     assert [len(parameter) for parameter in lora.parameters()] == [3, 10, 3, 8]
     named = lora.name_views(torch.arange(lora.flat.numel))
     assert list(named) == list(lora.state())
@@ -302,7 +303,7 @@ def test_fixed_state_is_read_and_copied():
     model, plain = attached()
     lora = plain.subtract_weights(model, lambda name: layers.base_layer(model, name).weight)
     fixed = lora.fixed_state()
-    assert list(fixed) == [f"fixed.{name}.{part}" for name in (Q, K) for part in "AB"]
+    assert list(fixed) == [f"fixed.{name}.{part}" for name, part in itertools.product((Q, K), "AB")]
     assert torch.equal(fixed[f"fixed.{Q}.A"], lora.a[Q]) and torch.equal(fixed[f"fixed.{Q}.B"], lora.b[Q])
     other = {name: random(*tensor.shape) for name, tensor in fixed.items()}
     lora.load_fixed_state(other)

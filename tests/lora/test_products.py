@@ -17,7 +17,7 @@ QKV = ("attention.to_q", "attention.to_k", "attention.to_v")
 OUTPUTS = {QKV[0]: 24, QKV[1]: 16, QKV[2]: 32}
 IN = 48
 NAME = "layers.3."
-SUBSETS = [chosen for count in range(4) for chosen in itertools.combinations(QKV, count)]
+SUBSETS = list(itertools.chain.from_iterable(itertools.combinations(QKV, count) for count in range(4)))
 LORA = LoraSettings(rank=4, alpha=6.0, ranks={"attention.to_k": 2, "attention.to_v": 5})
 LOKR = LoraSettings(type="lokr", factor=2, rank=2, alpha=3.0)
 

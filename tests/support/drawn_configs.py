@@ -193,4 +193,6 @@ def _schedule_params(values: dict[str, Any]) -> dict[str, Any]:
 def _without_rank(values: dict[str, Any]) -> dict[str, Any]:
     """A rank that the drawn kind has, where none was drawn for it."""
     kind = values["lora"].get("type", "lora")
-    return {"lora": {"rank": None if kind == "lokr" else 4}} if kind != "lora" and values["lora"]["rank"] == 4 else {}
+    if kind == "lora" or values["lora"]["rank"] != 4:
+        return {}
+    return {"lora": {"rank": None if kind == "lokr" else 4}}

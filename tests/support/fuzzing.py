@@ -1,6 +1,7 @@
 """Bytes made to break a reader, and the check that it answers them: with a result or a declared error, soon, in little
 memory."""
 
+import itertools
 import os
 import re
 import signal
@@ -52,7 +53,7 @@ class FileReader:
 
     def corpus(self) -> list[Path]:
         folders = [CORPUS / self.name, *([CORPUS / self.container] if self.container else [])]
-        return sorted(file for folder in folders for file in folder.glob("*"))
+        return sorted(itertools.chain.from_iterable(folder.glob("*") for folder in folders))
 
 
 class Seeds(tuple[bytes, ...]):
@@ -174,32 +175,26 @@ def _insert(place: float, piece: bytes) -> Edit:
     return edit
 
 
-def _replace_token(place: float, piece: bytes) -> Edit:
-    """Put `piece` in the place of a word, a number or a quoted text: what leaves the rest of a text file valid."""
+def _replace_token(place: float, piece: bytes | float) -> Edit:
+    """Replace a word, a number or a quoted text, which leaves the rest of a text file valid.
+
+    `piece` is the new text, or the place of another token to copy, from 0 to 1.
+    """
 
     def edit(content: bytes) -> bytes:
         tokens = list(_TOKEN.finditer(content))
         if not tokens:
             return content
         token = tokens[int(place * len(tokens))]
-        return content[: token.start()] + piece + content[token.end() :]
-
-    return edit
-
-
-def _swap_tokens(place: float, other: float) -> Edit:
-    def edit(content: bytes) -> bytes:
-        tokens = list(_TOKEN.finditer(content))
-        if not tokens:
-            return content
-        return _replace_token(place, tokens[int(other * len(tokens))][0])(content)
+        new = piece if isinstance(piece, bytes) else tokens[int(piece * len(tokens))][0]
+        return content[: token.start()] + new + content[token.end() :]
 
     return edit
 
 
 edits = st.one_of(
     st.builds(_replace_token, _place, st.sampled_from(HOSTILE_TOKENS)),
-    st.builds(_swap_tokens, _place, _place),
+    st.builds(_replace_token, _place, _place),
     st.builds(_flip, _place, st.integers(1, 255)),
     st.builds(_insert, _place, _pieces),
     st.builds(_cut, _place, st.integers(1, 200)),
