@@ -332,7 +332,8 @@ def _parse_models(
     for option, source in places.items():
         if source == "":
             problems.append(Problem(option, "is empty", "give a folder or hub id, or leave it out", "bad-argument"))
-    for place, name in [*((where, name) for name in names), *places.items()]:
+    given = [(where, name) for name in names]
+    for place, name in (*given, *places.items()):
         if name is not None and is_too_long(name):
             problems.append(Problem(place, f"{name[:40]}... is too long for a path", "check the path", "too-long"))
     if dtype not in ("bf16", "fp32"):

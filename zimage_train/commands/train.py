@@ -69,7 +69,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         checkpoint = find_checkpoint(context, block_path(plan, world.device, attention), allow)
         start_step = checkpoint.step if checkpoint else 0
         distributed.require_equal(world, shared_facts(context, start_step))
-        # Another machine may lack what only the main process writes.
+        # Another machine may lack the files of the main process.
         if distributed.of_main(checkpoint is not None and is_complete(context, checkpoint.step)):
             console.info(f"{config.name} is complete: {folder.lora()}")
             return
@@ -118,7 +118,7 @@ def _locked_run_dir(folder: RunDir, world: World, fresh: bool) -> Iterator[Conso
         console.info(f"--fresh: the old run is now {atomic.rename_as_backup(folder.root, '.old')}")
     with locks.lock_folder(folder.root), contextlib.closing(console):
         atomic.remove_stale_temp_files(folder.root)
-        requests.take(folder)  # of a run that ended before it saw them; what comes from now on is of this run
+        requests.take(folder)  # of a run that ended before it saw them; later requests are to this run
         console.log_to(folder.log)
         distributed.barrier()
         yield console

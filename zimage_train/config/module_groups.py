@@ -63,7 +63,7 @@ def module_pattern(name: str) -> re.Pattern[str]:
 def compile_bounded(pattern: str, within: str = "{}") -> re.Pattern[str]:
     """Return a compiled regular expression that decides on a name at once, put into the `{}` of `within`.
 
-    Python's `re` goes back and tries again, which takes for ever where what may be repeated is itself repeated.
+    Python's `re` goes back and tries again, which takes for ever where a repetition is itself repeated.
 
     Raises:
         UnboundedPatternError: it may take for ever.
@@ -71,7 +71,7 @@ def compile_bounded(pattern: str, within: str = "{}") -> re.Pattern[str]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what later versions of `re` may read otherwise
+            warnings.simplefilter("ignore")  # on syntax that later versions of `re` may read otherwise
             _require_bounded(_parser.parse(pattern))
             return re.compile(within.replace("{}", pattern))
     except UnboundedPatternError:
@@ -93,7 +93,7 @@ def _count(parsed: Any, is_repeated: bool) -> tuple[int, int]:
     """Return the largest numbers of repetitions and of optional parts on a way through a parsed pattern.
 
     Raises:
-        UnboundedPatternError: what is repeated holds repetitions, optional parts or alternatives.
+        UnboundedPatternError: a repeated part holds repetitions, optional parts or alternatives.
     """
     repetitions = optional = 0
     for operation, argument in parsed:
@@ -102,7 +102,7 @@ def _count(parsed: Any, is_repeated: bool) -> tuple[int, int]:
         is_repetition = "REPEAT" in name
         low, high = argument[:2] if is_repetition else (1, 1)
         if is_repeated and (name == "BRANCH" or low != high):
-            raise UnboundedPatternError("it repeats what can itself be repeated or left out, which may take for ever")
+            raise UnboundedPatternError("it repeats a part that can be repeated or left out, which may take for ever")
         if name == "GROUPREF":
             raise UnboundedPatternError("it refers to a group, which may take for ever")
         counts = [_count(part, is_repeated or int(high) > 1) for part in inner]

@@ -48,7 +48,7 @@ _SRGB = ImageCms.createProfile("sRGB")
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Within the block, ignore what Pillow warns of in odd files: what cannot be read is an error all the same."""
+    """Within the block, ignore Pillow's warnings on odd files: a file that cannot be read is an error all the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -5,9 +5,9 @@ import re
 from typing import Any
 
 _LONGEST_WHOLE = 300
-"""Digits of a whole number; up to 308 fit into a float, so that what is read can be computed with."""
+"""Digits of a whole number; up to 308 fit into a float, so that the value can be computed with."""
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
-"""What half of a surrogate pair begins with; both halves together are a character."""
+"""The beginning of half a surrogate pair; both halves together are a character."""
 
 
 def parse_json(text: str | bytes) -> Any:

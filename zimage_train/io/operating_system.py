@@ -25,7 +25,7 @@ RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Waits between attempts, while a virus scanner or an indexer has a file open."""
 WINDOWS_PATH_LENGTH = 259
 MAX_NAME, MAX_PATH = 255, 4095
-"""What file systems take of a name and of a path: bytes, or on Windows units of UTF-16."""
+"""Longest name and longest path on a file system: bytes, or on Windows units of UTF-16."""
 PORTS = {f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789¹²³"}
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *PORTS}
 

@@ -134,7 +134,7 @@ def _no_number(path: Path, what: str, value: Any) -> WeightsError:
 
 
 def _compiled(path: Path, pattern: str) -> re.Pattern[str]:
-    """Return what matches a module as peft's `get_pattern_key` does; a pattern that is none is a name.
+    """Return a pattern that matches modules as peft's `get_pattern_key` does; an invalid one is a name.
 
     Raises:
         WeightsError: matching may take for ever.

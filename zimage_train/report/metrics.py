@@ -16,7 +16,7 @@ NUMBERS = (
     *("loss", "lr", "grad_norm", "preservation", "seconds", "gb", "loss_turbo", "drift"),
     *("change_with_trigger", "change_without_trigger", "sharpness_kept", "sharpness_kept_also"),
 )
-"""What is a finite number in a record, or null."""
+"""Fields of a record that are finite numbers, or null."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _is_sound(record: dict[str, Any]) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < LARGEST  # false for what is no number
+    return isinstance(value, int | float) and abs(value) < LARGEST  # False for other types
 
 
 class RecordWriter:

@@ -127,7 +127,7 @@ def run_fingerprint(spec: RunSpec, digests: ModelDigests) -> dict[str, Any]:
 
 
 def shared_facts(context: RunContext, start_step: int) -> dict[str, str]:
-    """Return what must be the same in all processes of a run, by name: what they train, and after which step."""
+    """Return the facts that must be equal in all processes of a run, by name: versions, inputs and step."""
     return {
         "the version of zimage-train": __version__,
         "the version of torch": torch.__version__,

@@ -34,7 +34,7 @@ def plan_for_devices(
 ) -> tuple[RunSpec, MemoryPlan]:
     """Return `spec` with the quantization of the plan, and the plan for the card of this process.
 
-    What rounds must be the same in all processes, so quantization, and whether blocks are fused, follow from the
+    Rounding must be the same in all processes, so quantization, and whether blocks are fused, follow from the
     smallest card. Streaming and recomputation change no bit, so each process has its own. A budget lowers the limits.
     What an earlier start of the run chose for `model.quantize: auto` stays, since other frozen weights would make it
     another run; and so does what computed its blocks, unless `path` is in `allow`.

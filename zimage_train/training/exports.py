@@ -20,7 +20,7 @@ def export_step(state: TrainState, step: int) -> None:
     Raises:
         WeightsError: a file would be loaded as other weights; it is renamed to `.unverified`.
         DiskError: a file cannot be written.
-        Stopped: a signal came; the next start exports from the checkpoint. What was asked for once is exported now.
+        Stopped: a signal came; the next start exports from the checkpoint. A save that was asked for is exported now.
     """
     averages = [None] if state.ema is None else [None, state.ema.shadow]
     for average in averages:

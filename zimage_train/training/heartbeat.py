@@ -63,7 +63,7 @@ def watch_processes(world: World, run: str) -> Iterator[None]:
 
 
 class Beats:
-    """What this process has heard of the others through the store by which they found each other."""
+    """Beats of the other processes, through the store by which all found each other."""
 
     def __init__(self, connect: Callable[[], TCPStore], run: str, rank: int, world_size: int) -> None:
         self._connect, self._store = connect, None

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was asked for, as its environment variables say, and does not apply to a run."""
+"""Requests to `accelerate launch`, read from its environment variables, that do not apply to a run."""
 
 from collections.abc import Mapping
 

@@ -123,7 +123,9 @@ def read_facts(folder: RunDir) -> dict[str, Any]:
         facts = parse_json(folder.facts.read_bytes())
     except (OSError, ValueError):
         return {}
-    return {key: value for key, value in facts.items() if _is_sound(key, value)} if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    return {key: value for key, value in facts.items() if _is_sound(key, value)}
 
 
 class _LoraFacts(BaseModel):
