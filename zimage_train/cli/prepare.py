@@ -199,6 +199,32 @@ def doctor() -> None:
 
 
 @start_commands.command()
+def prove(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG]",
+            help="Measure on the model of this config. Default: Turbo if it is downloaded, or else the miniature.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One plan, at 512 px.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where prove.html and prove.json go.")
+    ] = Path("prove"),
+) -> None:
+    """Measure on this machine what the project promises, and write a page that can be sent.
+
+    The same command continues. It ends with 0 if every claim holds.
+    """
+    from zimage_train.commands.prove import prove
+    from zimage_train.config.load import read_config
+
+    if not prove(None if config is None else read_config(config), quick, output):
+        raise typer.Exit(1)
+
+
+@start_commands.command()
 def download(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="The config, or turbo, deturbo or base.")],
     set_: Annotated[

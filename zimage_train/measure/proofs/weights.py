@@ -1,0 +1,94 @@
+"""The files of the model: digests, tensors, and the training adapter merged into the weights."""
+
+import math
+from collections.abc import Iterator
+
+from accelerate import init_empty_weights
+from diffusers import ZImageTransformer2DModel
+from safetensors import safe_open
+from torch import Tensor
+
+from zimage_train.lora import training_adapter
+from zimage_train.measure.proofs.claims import Claim, not_tried
+from zimage_train.measure.proofs.subject import Subject
+from zimage_train.models import locate, transformer
+
+MERGED = 10
+"""Modules whose merge is calculated anew."""
+
+
+def weight_claims(subject: Subject) -> Iterator[Claim]:
+    """Yield claims on the tensors of the transformer, and on the adapter that is merged into them."""
+    with init_empty_weights():
+        reference = ZImageTransformer2DModel(**subject.shape.config())
+    expected = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    shape, weights = locate.transformer_tensors(subject.paths.transformer)
+    sizes = shape.parameters
+    wrong = expected.items() ^ {name: tuple(size) for name, size in sizes.items()}.items()
+    missing = expected.keys() ^ weights.keys()
+    yield Claim(
+        "the file has the tensors that diffusers' class of this shape has, by name and size",
+        len(wrong) + len(missing),
+        "tensors that differ",
+        0,
+        "equality",
+        f"{len(weights)} tensors",
+    )
+    count = sum(math.prod(size) for size in sizes.values())
+    yield Claim("parameters of the transformer", count, "parameters")
+    yield from adapter_claims(subject)
+
+
+def adapter_claims(subject: Subject) -> Iterator[Claim]:
+    """Yield claims on the training adapter: every module is matched, and the sum is that of a calculation in fp64."""
+    if subject.paths.adapter is None:
+        yield not_tried("every module of the training adapter is merged", "this model has no training adapter")
+        return
+    adapter = training_adapter.load_adapter(subject.paths.adapter, 1.0, subject.shape)
+    stored = stored_modules(subject)
+    yield Claim(
+        "every module of the training adapter is merged",
+        len(stored.keys() ^ adapter.lora.keys()),
+        "modules that are not",
+        0,
+        "equality",
+        f"matched {len(adapter.lora)}/{len(stored)}",
+    )
+    chosen = sorted(stored)[:: max(len(stored) // MERGED, 1)][:MERGED]
+    worst, rounding = 0.0, 0.0
+    for module in chosen:
+        name = f"{module}.weight"
+        before = dict(transformer.read_selected_weights(subject.paths.transformer, {name}))[name]
+        change = adapter.delta_of(name, subject.device)
+        assert change is not None
+        merged = (before.to(subject.device).float() + change).cpu()
+        a, b, scale = stored[module]
+        delta = scale * (b.double() @ a.double())
+        exact = before.double() + delta
+        worst = max(worst, float((merged.double() - exact).norm() / delta.norm()))
+        rounding = max(rounding, float((exact.float().double() - exact).norm() / delta.norm()))
+    yield Claim(
+        "the merged weights are those of a calculation in fp64",
+        worst,
+        "of the change",
+        4 * rounding + 1e-6,
+        "fp64",
+        f"{len(chosen)} modules",
+    )
+
+
+def stored_modules(subject: Subject) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Return A, B and the scale of each module of the adapter's file, read without the reader of this project."""
+    assert subject.paths.adapter is not None
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
+    with safe_open(subject.paths.adapter, "pt") as file:
+        names = set(file.keys())
+        for name in sorted(names):
+            for down, up in (("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")):
+                if name.endswith(down):
+                    stem = name.removesuffix(f".{down}")
+                    a, b = file.get_tensor(name), file.get_tensor(f"{stem}.{up}")
+                    alpha = f"{stem}.alpha"
+                    scale = float(file.get_tensor(alpha)) / len(a) if alpha in names else 1.0
+                    found[stem.removeprefix("diffusion_model.").removeprefix("transformer.")] = (a, b, scale)
+    return found
