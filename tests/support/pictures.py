@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zimage_train import mini
+from zimage_train import measure, mini
 
-STOCK = Path(__file__).with_name("stock_pipeline.py")
+STOCK = Path(measure.__file__).with_name("stock_pipeline.py")
 
 
 def stock(lora: Path, output: Path, prompt: str, negative: str, *numbers: float) -> np.ndarray:

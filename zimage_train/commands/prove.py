@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import transformers
+
 from zimage_train import __version__
 from zimage_train.config.schema import Config
 from zimage_train.errors import ZImageTrainError
@@ -14,6 +17,8 @@ from zimage_train.io.json_text import parse_json
 from zimage_train.measure import records
 from zimage_train.measure.proofs.claims import Claim
 from zimage_train.measure.proofs.encoders import latent_claims, text_claims
+from zimage_train.measure.proofs.runs import drift_claims, run_claims
+from zimage_train.measure.proofs.step import step_claims
 from zimage_train.measure.proofs.subject import Subject, choose_model
 from zimage_train.measure.proofs.weights import weight_claims
 from zimage_train.report import template
@@ -23,6 +28,9 @@ PARTS: dict[str, Callable[[Subject], Iterator[Claim]]] = {
     "weights": weight_claims,
     "text": text_claims,
     "latents": latent_claims,
+    "step": step_claims,
+    "runs": run_claims,
+    "drift": drift_claims,
 }
 """Part -> what yields its claims, in the order in which they are measured."""
 
@@ -36,6 +44,8 @@ def prove(config: Config | None, is_quick: bool, folder: Path) -> bool:
         Whether every claim that was tried holds.
     """
     console = Console(is_main=True)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     subject = choose_model(config, "bf16", is_quick)
     machine = {
         "machine": records.machine(subject.device),

@@ -1,6 +1,7 @@
 """Draw an image with diffusers alone; run as a program, so that nothing of zimage_train is in the process.
 
-Arguments: model folder, LoRA file, prompt, negative, seed, width, height, steps, guidance, output PNG.
+Arguments: model folder, LoRA file or nothing, prompt, negative, seed, width, height, steps, guidance, output PNG, dtype
+(float32), device (cpu).
 """
 
 import sys
@@ -13,11 +14,13 @@ TURBO = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
 
 def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: str) -> None:
     width, height, steps, guidance, output = int(rest[0]), int(rest[1]), int(rest[2]), float(rest[3]), rest[4]
+    dtype, device = rest[5:] or ("float32", "cpu")
     torch.set_num_threads(1)
-    pipe = ZImagePipeline.from_pretrained(model, local_files_only=True).to(torch.float32)
+    pipe = ZImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
-    folder, _, name = lora.rpartition("/")
-    pipe.load_lora_weights(folder, weight_name=name)
+    if lora:
+        folder, _, name = lora.rpartition("/")
+        pipe.load_lora_weights(folder, weight_name=name)
     image = pipe(
         prompt=prompt,
         negative_prompt=negative,
@@ -37,4 +40,5 @@ def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: st
     image.save(output)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

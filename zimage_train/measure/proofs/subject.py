@@ -38,6 +38,11 @@ class Subject:
     is_miniature: bool
     is_quick: bool
 
+    @property
+    def folder(self) -> Path:
+        """The folder of all parts, in the layout of diffusers."""
+        return self.paths.transformer.parent
+
 
 def choose_model(config: Config | None, dtype: str, is_quick: bool, fetch: DownloadFn = cached_only) -> Subject:
     """Return the model of `config`; without one, Turbo where it is downloaded, and the miniature otherwise.
