@@ -86,12 +86,10 @@ def preview_claims(subject: Subject, lora: Path, root: Path) -> Iterator[Claim]:
         command += ["--width", str(side), "--height", str(side), "--dtype", subject.dtype, "-o", str(place)]
         run([*command, *(["--lora", str(file)] if file else [])])
         theirs = place / "stock.png"
-        numbers = [SEED, side, side, 8, 0.0]
         dtype = {"bf16": "bfloat16", "fp32": "float32"}[subject.dtype]
-        run(
-            [sys.executable, "-P", stock_pipeline.__file__, str(subject.folder), str(file or ""), PROMPT, ""]
-            + [*map(str, numbers), str(theirs), dtype, subject.device.type]
-        )
+        stock = [sys.executable, "-P", stock_pipeline.__file__, str(subject.folder), str(file or ""), PROMPT, ""]
+        stock += map(str, (SEED, side, side, 8, 0.0, theirs, dtype, subject.device.type))
+        run(stock)
         ours = next(path for path in place.glob("*.png") if path != theirs)
         apart = pixels(ours) - pixels(theirs)
         promise = f"a picture {name} is that of ZImagePipeline"
