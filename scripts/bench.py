@@ -46,20 +46,18 @@ from zimage_train import mini
 from zimage_train.config import schema
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.errors import ZImageTrainError
-from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.lora import lora_file, training_adapter
 from zimage_train.lora.training_adapter import TrainingAdapter
 from zimage_train.measure import counting, peers, speed
-from zimage_train.measure.budgets import hold_to, run_plan
+from zimage_train.measure.budgets import BudgetCase, run_budget
 from zimage_train.measure.equality import repeat_step
-from zimage_train.measure.models import MEDIUM, RANK, workload_of
+from zimage_train.measure.models import MEDIUM, RANK
 from zimage_train.measure.records import Measurement, report
 from zimage_train.measure.speed import SpeedCase
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
-from zimage_train.planning import planner
-from zimage_train.planning.planner import AUTO_QUANTIZATIONS, PlanConstraints
+from zimage_train.planning.planner import AUTO_QUANTIZATIONS
 from zimage_train.report import metrics
 
 from laboratory.adapter_kinds import compare_adapters
@@ -89,23 +87,21 @@ def memory(size: str, steps: int, budgets: list[float]) -> dict[str, Any]:
     device, shape, dtype = place_of(size)
     found = []
     for budget, side in itertools.product(budgets, SIDES[size]):
-        for kinds in ((None,), AUTO_QUANTIZATIONS[1:2], AUTO_QUANTIZATIONS[2:]):
-            workload = workload_of(shape, side, dtype, device.type == "cuda")
-            wanted = PlanConstraints(kinds, None, None)
-            plan = planner.choose_plan(workload, wanted, budget * 1e9, main_memory_bytes(), None)
+        for kind in AUTO_QUANTIZATIONS:
+            case = BudgetCase(shape, dtype, side, kind, budget * 1e9, steps)
+            plan = case.plan(device)
             row = {
                 "budget_gb": budget,
                 "side_px": side,
                 "kind": plan.placement.quantization,
                 "streamed": plan.placement.streamed,
-                "mode": plan.mode_of(workload.max_tokens),
+                "mode": plan.mode_of(plan.workload.max_tokens),
                 "fits": plan.fits,
                 "predicted_gb": round(plan.peak.allocated / 1e9, 3),
             }
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-                hold_to(budget * 1e9)
-            found.append(row | run_plan(shape, plan, side, steps, device))
+            found.append(row | run_budget(case, device))
             gc.collect()
             print(json.dumps(found[-1]), flush=True)
     return {

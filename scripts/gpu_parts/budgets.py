@@ -4,11 +4,7 @@ from typing import Any
 
 import torch
 
-from zimage_train.io.operating_system import main_memory_bytes
-from zimage_train.measure.budgets import hold_to, run_plan
-from zimage_train.measure.models import workload_of
-from zimage_train.planning import planner
-from zimage_train.planning.planner import PlanConstraints
+from zimage_train.measure.budgets import BudgetCase, run_budget
 
 from gpu_parts import measuring
 from gpu_parts.parts import DRY_SIDE, Budget, pixels, split
@@ -22,13 +18,8 @@ def measure(case: str, dry: bool) -> dict[str, Any]:
     budget = Budget.named(split(case)[0])
     device, shape = measuring.device_of(dry), measuring.shape_of(dry)
     side = pixels(DRY_SIDE) if dry else budget.side_px
-    workload = workload_of(shape, side, "bf16", gpu=not dry)
-    wanted = PlanConstraints((budget.kind,), None, None)
-    plan = planner.choose_plan(workload, wanted, budget.gb * 1e9, main_memory_bytes(), None)
-    if not dry:
-        hold_to(budget.gb * 1e9)
-        torch.cuda.set_stream(torch.cuda.Stream())  # as a run does
-    found = run_plan(shape, plan, side, STEPS, device)
+    measured = BudgetCase(shape, "bf16", side, budget.kind, budget.gb * 1e9, STEPS)
+    plan, found = measured.plan(device), run_budget(measured, device)
     return plan.facts() | {"fits": plan.fits} | found | ({} if dry else allocator())
 
 

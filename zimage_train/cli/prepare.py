@@ -208,19 +208,29 @@ def prove(
             show_default=False,
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One plan, at 512 px.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One plan, at 512 px: ten minutes, not an hour.")] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where prove.html and prove.json go.")
     ] = Path("prove"),
+    comfyui: Annotated[
+        Path | None,
+        typer.Option("--comfyui", metavar="FOLDER", help="Load the LoRA by the code of this ComfyUI, too."),
+    ] = None,
+    aitoolkit: Annotated[
+        Path | None,
+        typer.Option("--aitoolkit", metavar="FOLDER", help="Load the LoRA by the code of this AI Toolkit, too."),
+    ] = None,
 ) -> None:
     """Measure on this machine what the project promises, and write a page that can be sent.
 
-    The same command continues. It ends with 0 if every claim holds.
+    The same command continues. It ends with 0 if every claim that was tried holds, and with 1 if one does not.
     """
     from zimage_train.commands.prove import prove
     from zimage_train.config.load import read_config
 
-    if not prove(None if config is None else read_config(config), quick, output):
+    projects = {"comfyui": comfyui, "aitoolkit": aitoolkit}
+    given = {part: path for part, path in projects.items() if path is not None}
+    if not prove(None if config is None else read_config(config), quick, output, given):
         raise typer.Exit(1)
 
 

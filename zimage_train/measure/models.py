@@ -50,17 +50,20 @@ def workload_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Wo
     )
 
 
-@torch.no_grad()
-def random_model(
-    shape: TransformerShape, placement: WeightPlacement, dtype: torch.dtype, device: torch.device
+def build_model(
+    shape: TransformerShape,
+    placement: WeightPlacement,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensors: Iterator[tuple[str, Tensor]],
 ) -> FrozenTransformer:
-    """Return a frozen transformer of random weights, quantised and streamed as `placement` says."""
+    """Return a frozen transformer with the weights `tensors`, quantised and streamed as `placement` says."""
     model = transformer.empty_transformer(shape, dtype, placement.quantization)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, placement.streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
     transformer.allocate_transformer(model, device)
-    frozen = FrozenTransformer(model, shape, Path("random"), None, 0, QuantizationStats(), ring)
-    frozen.load_tensors(random_tensors(shape, device))
+    frozen = FrozenTransformer(model, shape, Path("measured"), None, 0, QuantizationStats(), ring)
+    frozen.load_tensors(tensors)
     return frozen
 
 
@@ -77,7 +80,7 @@ def random_pair(
 ) -> tuple[FrozenTransformer, AdapterLayers]:
     """Return a random model as `plan` has it, and the adapter that is attached to it, by default a LoRA of `RANK`."""
     dtype = torch.bfloat16 if plan.workload.dtype == "bf16" else torch.float32
-    frozen = random_model(shape, plan.placement, dtype, device)
+    frozen = build_model(shape, plan.placement, dtype, device, random_tensors(shape, device))
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     attached = attach_adapter(frozen.model, lora or LoraSettings(rank=RANK), modules, 1)
     apply_recompute_plan(frozen, attached, plan, draws_masks=False)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -94,7 +95,7 @@ def peer_step(peer: Peer, device: torch.device) -> Step:
     dtype = next(peer.model.parameters()).dtype
 
     def step(batch: Batch) -> float:
-        prompts = [_without_padding(prompt).to(device, dtype) for prompt in batch.prompts]
+        prompts = [without_padding(prompt).to(device, dtype) for prompt in batch.prompts]
         own = batch.to(device)
         noisy = torch.lerp(own.x0, own.noise, own.sigma.view(-1, 1, 1, 1))
         with peer.precision():
@@ -110,9 +111,36 @@ def peer_step(peer: Peer, device: torch.device) -> Step:
     return step
 
 
-def _without_padding(prompt: Tensor | PaddedPrompt) -> Tensor:
+def without_padding(prompt: Tensor | PaddedPrompt) -> Tensor:
     """Return the embeddings of a prompt in main memory as a trainer caches them."""
     return prompt.embeds[~prompt.is_padding] if isinstance(prompt, PaddedPrompt) else prompt
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of one case: of our steps, and of those of another trainer in turns with them."""
+
+    own: list[float]
+    """Seconds of all batches of the case, each time."""
+    other: list[float]
+    """Those of the other at the same time; empty without another."""
+    operations: float
+    """Of all batches, in ours."""
+    first_losses: tuple[float, ...]
+    """Ours, and the other's if there is one."""
+    peaks: dict[str, float]
+    """Ours, GB; empty without a GPU."""
+    peer: str = ""
+    """Name of the other."""
+
+    @property
+    def ratio(self) -> float:
+        """Return the median ratio of ours to the other's, pair by pair: a machine that slows down slows both."""
+        return median(own / theirs for own, theirs in zip(self.own, self.other, strict=True))
+
+    @property
+    def tflops(self) -> float:
+        return self.operations / median(self.own) / 1e12
 
 
 def compare_steps(
@@ -126,60 +154,65 @@ def compare_steps(
 ) -> list[Measurement]:
     """Return the times of both steps in each of `cases`, their ratio, both first losses and our peaks.
 
-    The ratio is the median of that of each pair, so that a machine that gets slower slows both. `bound` is that of the
-    ratio.
+    `bound` is that of the ratio.
     """
     found: list[Measurement] = []
     for case in cases:
-        found += _compare(shape, dtype, case, device, make_peer, bound, pairs)
+        largest = max(width for width, _ in case.sizes)
+        plan = plan_without_limits(shape, largest, dtype, device.type == "cuda")
+        times = time_steps(shape, plan, case, device, make_peer, pairs)
+        apart = round(abs(times.first_losses[0] / times.first_losses[1] - 1), 6)
+        found += [
+            Measurement(f"ours to {times.peer}, {case.name}", round(times.ratio, 4), "times", bound),
+            Measurement(f"our step, {case.name}", _ms(times.own), "ms"),
+            Measurement(f"step of {times.peer}, {case.name}", _ms(times.other), "ms"),
+            Measurement(f"arithmetic of our step, {case.name}", round(times.tflops, 3), "TFLOP/s"),
+            Measurement(f"first losses apart, {case.name}", apart, "of the loss"),
+        ]
+        found += [Measurement(f"our peak, {name}, {case.name}", value, "GB") for name, value in times.peaks.items()]
         gc.collect()  # the model of the next case is to have the memory of this one
     return found
 
 
-def _compare(
+def time_steps(
     shape: TransformerShape,
-    dtype: str,
+    plan: MemoryPlan,
     case: SpeedCase,
     device: torch.device,
-    make_peer: MakePeer,
-    bound: float | None,
-    pairs: int,
-) -> list[Measurement]:
-    tensor_type = torch.bfloat16 if dtype == "bf16" else torch.float32
+    make_peer: MakePeer | None,
+    pairs: int = PAIRS,
+) -> StepTimes:
+    """Time our steps by `plan`, in turns with those of another trainer if there is one."""
+    tensor_type = torch.bfloat16 if plan.workload.dtype == "bf16" else torch.float32
     batches = []
     for number, (width, height) in enumerate(case.sizes):
         batches.append(
             random_batch(shape, tensor_type, width, height, CAPTION_TOKENS, 2 + number, size=case.batch_size)
         )
-    largest = max(width for width, _ in case.sizes)
-    ours = our_step(shape, plan_without_limits(shape, largest, dtype, device.type == "cuda"), device, case.lora)
+    ours = our_step(shape, plan, device, case.lora)
     with devices.reproducible(device):
         losses = [ours(batches[0])]
         run_epochs(ours, batches, WARM_UP)
         with peak_memory(device) as peaks:
             run_epochs(ours, batches, 1)
-    peer = make_peer(shape, tensor_type, device)
-    other = peer_step(peer, device)
-    losses.append(other(batches[0]))
-    run_epochs(other, batches, WARM_UP)
-    times: list[tuple[float, float]] = []
+    other: Step | None = None
+    peer = make_peer(shape, tensor_type, device) if make_peer is not None else None
+    if peer is not None:
+        other = peer_step(peer, device)
+        losses.append(other(batches[0]))
+        run_epochs(other, batches, WARM_UP)
+    own_seconds: list[float] = []
+    other_seconds: list[float] = []
     for _ in range(pairs):
         with devices.reproducible(device):
-            own = seconds_of(lambda: run_epochs(ours, batches, 1), device)
-        times.append((own, seconds_of(lambda: run_epochs(other, batches, 1), device)))
-    ratio = median(own / theirs for own, theirs in times)
+            own_seconds.append(seconds_of(lambda: run_epochs(ours, batches, 1), device))
+        if other is not None:
+            other_seconds.append(seconds_of(partial(run_epochs, other, batches, 1), device))
     operations = 0.0
     for width, height in case.sizes:
         operations += case.batch_size * flops.step_flops(shape, Bucket(width, height), "none")
-    rate = operations / median(own for own, _ in times) / 1e12
-    found = [
-        Measurement(f"ours to {peer.name}, {case.name}", round(ratio, 4), "times", bound),
-        Measurement(f"our step, {case.name}", _ms(own for own, _ in times), "ms"),
-        Measurement(f"step of {peer.name}, {case.name}", _ms(theirs for _, theirs in times), "ms"),
-        Measurement(f"arithmetic of our step, {case.name}", round(rate, 3), "TFLOP/s"),
-        Measurement(f"first losses apart, {case.name}", round(abs(losses[0] / losses[1] - 1), 6), "of the loss"),
-    ]
-    return found + [Measurement(f"our peak, {name}, {case.name}", value, "GB") for name, value in peaks.items()]
+    name = peer.name if peer is not None else ""
+    return StepTimes(own_seconds, other_seconds, operations, tuple(losses), peaks, name)
 
 
 def run_epochs(step: Step, batches: list[Batch], times: int) -> None:
@@ -188,7 +221,7 @@ def run_epochs(step: Step, batches: list[Batch], times: int) -> None:
             step(batch)
 
 
-def _ms(seconds: Iterator[float]) -> float:
+def _ms(seconds: list[float]) -> float:
     return round(median(seconds) * 1000, 2)
 
 
@@ -220,9 +253,11 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return before.elapsed_time(after) / 1000
 
 
-def matmul_tflops(device: torch.device, size: int = 8192, times: int = 10) -> float:
-    """Return the TFLOP/s of large products in bf16 on a GPU, the ceiling for the arithmetic of a step."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+def matmul_tflops(
+    device: torch.device, size: int = 8192, times: int = 10, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """Return the TFLOP/s of large products, the ceiling for the arithmetic of a step in `dtype`."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def work() -> Tensor:
         return a @ b

@@ -1,10 +1,11 @@
 """Draw an image with diffusers alone; run as a program, so that nothing of zimage_train is in the process.
 
 Arguments: model folder, LoRA file or nothing, prompt, negative, seed, width, height, steps, guidance, output PNG, dtype
-(float32), device (cpu).
+(float32), device (cpu; streamed: a GPU with less memory than the pipeline takes).
 """
 
 import sys
+from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
@@ -16,12 +17,16 @@ def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: st
     width, height, steps, guidance, output = int(rest[0]), int(rest[1]), int(rest[2]), float(rest[3]), rest[4]
     dtype, device = rest[5:] or ("float32", "cpu")
     torch.set_num_threads(1)
-    pipe = ZImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), local_files_only=True).to(device)
+    pipe: Any = ZImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         folder, _, name = lora.rpartition("/")
         pipe.load_lora_weights(folder, weight_name=name)
-    image = pipe(
+    if device == "streamed":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        pipe.to(device)
+    drawn: Any = pipe(
         prompt=prompt,
         negative_prompt=negative,
         width=width,
@@ -30,7 +35,8 @@ def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: st
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=torch.Generator("cpu").manual_seed(int(seed)),
-    ).images[0]
+    )
+    image = drawn.images[0]
     if steps == 8:
         got = [round(sigma, 4) for sigma in pipe.scheduler.sigmas.tolist()[:8]]
         if any(abs(a - b) > 1e-4 for a, b in zip(got, TURBO, strict=True)):

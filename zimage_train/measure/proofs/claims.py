@@ -1,11 +1,13 @@
 """Claims that are measured, their bounds, and what follows from both."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-BoundSource = Literal["equality", "fp64", "own rounding", "miniature", "forecast"]
+BoundSource = Literal["equality", "fp64", "own rounding", "reference", "forecast", "miniature"]
 """Where a bound comes from: results that must be equal; a calculation in fp64; how far the reference's own run in the
-same precision is from one in higher precision; what the miniature showed; what was predicted."""
+same precision is from one in higher precision; the reference measured beside it; what was predicted; what the miniature
+showed."""
 Verdict = Literal["holds", "fails", "outside what the miniature showed", "not tried", "reported"]
 
 
@@ -15,33 +17,36 @@ class Claim:
 
     promise: str
     value: float | None
-    """None: it was not tried."""
+    """None: it was not tried, or is reported by `note` alone."""
     unit: str = ""
     bound: float | None = None
     """The largest value with which the promise holds; None: the number is only reported."""
     bound_from: BoundSource | None = None
     note: str = ""
-    """What was compared, or why it was not tried."""
+    """The things that were compared, or the reason why it was not tried."""
+    is_tried: bool = True
 
     def verdict(self, is_miniature: bool) -> Verdict:
         """Return what the value says; a bound of the miniature alone refutes nothing about another model."""
-        if self.value is None:
+        if not self.is_tried:
             return "not tried"
         if self.bound is None:
             return "reported"
-        if self.value <= self.bound:  # a NaN is not
+        if self.value is not None and self.value <= self.bound:  # a NaN is not
             return "holds"
         if self.bound_from == "miniature" and not is_miniature:
             return "outside what the miniature showed"
         return "fails"
 
     def as_json(self, is_miniature: bool) -> dict[str, Any]:
-        """Return the fields that are set, and the verdict."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, "")} | {
-            "verdict": self.verdict(is_miniature)
-        }
+        """Return the fields that are set, and the verdict. A value that is not finite has no form in JSON."""
+        fields = {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        del fields["is_tried"]
+        if not math.isfinite(fields.get("value", 0.0)):
+            fields["note"] = f"{fields.pop('value')} was measured; {self.note}".removesuffix("; ")
+        return fields | {"verdict": self.verdict(is_miniature)}
 
 
 def not_tried(promise: str, why: str) -> Claim:
     """Return a claim that could not be measured here."""
-    return Claim(promise, None, note=why)
+    return Claim(promise, None, note=why, is_tried=False)

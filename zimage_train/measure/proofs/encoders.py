@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen3Model
+from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from zimage_train import mini
 from zimage_train.io.tensorfile import TORCH_DTYPES
@@ -20,32 +20,59 @@ from zimage_train.models import vae
 from zimage_train.models.arch import MAX_PROMPT_TOKENS
 from zimage_train.models.text_encoder import load_text_encoder
 
+IDS, EMBEDDINGS = "prompts become the token ids of diffusers' pipeline", "embeddings are those of transformers"
+LATENTS = "latents are those of diffusers' VAE"
 FINER = {"bf16": torch.float32, "fp32": torch.float64}
 """Precision of the reference, by that of the encoder."""
 ROUNDING = 2.0
 """How far a result may be from the finer reference, as a multiple of the reference's own rounding."""
+SHARE_OF_DEVICE = 0.8
+"""Share of the device that weights may take where the reference runs beside nothing else."""
 NUM_IMAGES = 10
 
 
 def text_claims(subject: Subject) -> Iterator[Claim]:
     """Yield claims on token ids and embeddings of `PROMPTS`, against transformers' own model run whole."""
-    ids, embeddings = "prompts become the token ids of diffusers' pipeline", "embeddings are those of transformers"
     extras = subject.paths.extras
     if not (extras.text_encoder.is_dir() and extras.tokenizer.is_dir()):
-        for promise in (ids, embeddings):
+        for promise in (IDS, EMBEDDINGS):
             yield not_tried(promise, "transformers loads a folder, and this is a single file")
         return
-    dtype = TORCH_DTYPES[subject.dtype]
+    dtype, finer = TORCH_DTYPES[subject.dtype], FINER[subject.dtype]
     encoder = load_text_encoder(extras, subject.device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(extras.tokenizer, local_files_only=True)
     theirs = {prompt: reference_ids(tokenizer, prompt) for prompt in PROMPTS}
     differ = sum(encoder.tokens(prompt) != theirs[prompt] for prompt in PROMPTS)
-    yield Claim(ids, differ, "prompts that differ", 0, "equality", f"{len(PROMPTS)} prompts")
+    yield Claim(IDS, differ, "prompts that differ", 0, "equality", f"{len(PROMPTS)} prompts")
+    encoder_config = encoder.config
+    all_layers = encoder_config.num_hidden_layers
+    fitting = (number for number in range(all_layers, 0, -1) if fits_in(encoder_config, number, finer, subject))
+    layers = next(fitting, 0)
+    if layers == 0:
+        yield not_tried(EMBEDDINGS, "not even one layer of the reference fits main memory")
+        return
+    encoder_config.num_hidden_layers = layers
     ours = dict(encoder.encode_all(PROMPTS))
     del encoder
-    exact = hidden_states(extras.text_encoder, theirs, FINER[subject.dtype], torch.device("cpu"))
-    rounded = hidden_states(extras.text_encoder, theirs, dtype, subject.device)
-    yield _within_rounding(embeddings, ours, rounded, exact, f"{len(PROMPTS)} prompts in {subject.dtype}")
+    exact = hidden_states(extras.text_encoder, theirs, layers, finer, torch.device("cpu"))
+    fits = dtype.itemsize * num_parameters(encoder_config, layers + 1) < SHARE_OF_DEVICE * subject.device_bytes
+    device = subject.device if fits else torch.device("cpu")
+    rounded = hidden_states(extras.text_encoder, theirs, layers, dtype, device)
+    part = "" if layers == all_layers else f", the first {layers} of {all_layers} layers, as all of them do not fit"
+    yield _within_rounding(EMBEDDINGS, ours, rounded, exact, f"{len(PROMPTS)} prompts in {subject.dtype}{part}")
+
+
+def fits_in(config: Qwen3Config, layers: int, finer: torch.dtype, subject: Subject) -> bool:
+    """Return whether the reference of `layers` layers, which has one more, fits main memory."""
+    return finer.itemsize * num_parameters(config, layers + 1) <= subject.host_bytes
+
+
+def num_parameters(config: Qwen3Config, layers: int) -> int:
+    """Return the weights of the first `layers` layers and of the table of embeddings."""
+    key_value_heads = config.num_key_value_heads or config.num_attention_heads
+    heads = 2 * config.num_attention_heads + 2 * key_value_heads
+    layer = config.hidden_size * (config.head_dim * heads + 3 * config.intermediate_size)
+    return layers * layer + config.vocab_size * config.hidden_size
 
 
 def reference_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -58,10 +85,16 @@ def reference_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 @torch.no_grad()
 def hidden_states(
-    folder: Path, ids: dict[str, list[int]], dtype: torch.dtype, device: torch.device
+    folder: Path, ids: dict[str, list[int]], layers: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return `hidden_states[-2]` of transformers' own model for each prompt, on the CPU."""
-    model: Any = Qwen3Model.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    """Return the states after `layers` layers of transformers' own model for each prompt, on the CPU.
+
+    With all layers but the last these are `hidden_states[-2]`, of which the pipeline makes its embeddings.
+    """
+    config = Qwen3Config.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers = layers + 1
+    config.layer_types = config.layer_types[: layers + 1] if config.layer_types else None
+    model: Any = Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
     model = model.to(device).eval()
     found = {}
     for prompt, tokens in ids.items():
@@ -75,12 +108,11 @@ def hidden_states(
 @torch.no_grad()
 def latent_claims(subject: Subject) -> Iterator[Claim]:
     """Yield a claim on the latents of ten images, against diffusers' VAE run whole."""
-    promise = "latents are those of diffusers' VAE"
     path = subject.paths.extras.vae
     if not path.is_dir():
-        yield not_tried(promise, "diffusers loads a folder, and this is a single file")
+        yield not_tried(LATENTS, "diffusers loads a folder, and this is a single file")
         return
-    side = 64 if subject.is_miniature else 512
+    side = subject.side
     images = []
     for file in sorted(mini.IMAGES.glob("*.png"))[:NUM_IMAGES]:
         images.append(Image.open(file).convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
@@ -89,9 +121,9 @@ def latent_claims(subject: Subject) -> Iterator[Claim]:
     for number, image in enumerate(images):
         ours[str(number)] = vae.encode_images(own, vae.to_pixels(image)[None])[0].cpu()
     del own
-    exact = reference_latents(path, images, torch.float64, torch.device("cpu"))
+    exact = reference_latents(path, images, torch.float64, subject.device)
     rounded = reference_latents(path, images, torch.float32, subject.device)
-    yield _within_rounding(promise, ours, rounded, exact, f"{len(images)} images of {side} px in fp32")
+    yield _within_rounding(LATENTS, ours, rounded, exact, f"{len(images)} images of {side} px in fp32")
 
 
 def reference_latents(

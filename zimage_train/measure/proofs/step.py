@@ -3,31 +3,35 @@
 import gc
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
 from torch import Tensor
 
 from zimage_train.config.lora import LoraSettings
 from zimage_train.config.schema import Config
-from zimage_train.diffusion.frozen import load_frozen
-from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.lora import targets
 from zimage_train.lora.adapters import attach_adapter
-from zimage_train.measure.models import RANK, random_batch
+from zimage_train.measure.models import RANK, build_model, random_batch, workload_of
 from zimage_train.measure.proofs.claims import Claim, not_tried
 from zimage_train.measure.proofs.encoders import FINER, ROUNDING
 from zimage_train.measure.proofs.subject import Subject
-from zimage_train.measure.speed import CAPTION_TOKENS, plan_without_limits
-from zimage_train.planning import devices
+from zimage_train.measure.speed import CAPTION_TOKENS, plan_without_limits, without_padding
+from zimage_train.models import transformer
+from zimage_train.models.arch import TransformerShape
+from zimage_train.planning import devices, memory
+from zimage_train.planning.memory import WeightPlacement
 from zimage_train.training.batches import Batch
 from zimage_train.training.step_runner import StepRunner
 
 LOSS, GRADIENT = "the loss of a step is that of diffusers and peft", "so is the gradient of every LoRA matrix"
-SHARE_OF_MEMORY = 0.7
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module -> A and B of its LoRA."""
 Gradients = dict[str, Tensor]
@@ -35,40 +39,56 @@ Gradients = dict[str, Tensor]
 
 def step_claims(subject: Subject) -> Iterator[Claim]:
     """Yield claims on a step at the model's own weights, without a training adapter, with a LoRA that is not zero."""
-    finer = FINER[subject.dtype]
-    count = sum(math.prod(size) for size in subject.shape.parameters.values())
-    if count * finer.itemsize > SHARE_OF_MEMORY * main_memory_bytes() or not subject.paths.transformer.is_dir():
+    side, dtype, finer = subject.side, TORCH_DTYPES[subject.dtype], FINER[subject.dtype]
+    shape = blocks_to_compare(subject)
+    if shape is None:
         for promise in (LOSS, GRADIENT):
-            yield not_tried(promise, "the reference in higher precision needs diffusers' folder and more main memory")
+            yield not_tried(promise, "not even one block of the reference fits")
         return
-    side = 64 if subject.is_miniature else 512
-    batch = random_batch(subject.shape, TORCH_DTYPES[subject.dtype], side, side, CAPTION_TOKENS)
-    factors = random_factors(subject)
-    own_loss, own = our_step(subject, batch, side, factors)
-    rounded_loss, rounded = peft_step(subject, batch, factors, TORCH_DTYPES[subject.dtype], subject.device)
-    exact_loss, exact = peft_step(subject, batch, factors, finer, torch.device("cpu"))
-    note = f"{side} px in {subject.dtype}"
+    batch = random_batch(shape, dtype, side, side, CAPTION_TOKENS)
+    factors = random_factors(shape)
+    own_loss, own = our_step(subject, shape, batch, factors)
+    rounded_loss, rounded = peft_step(subject, shape, batch, factors, dtype, subject.device)
+    exact_loss, exact = peft_step(subject, shape, batch, factors, finer, torch.device("cpu"))
+    note = f"{side} px in {subject.dtype}{subject.blocks_note(shape)}"
     loss_bound = ROUNDING * abs(rounded_loss / exact_loss - 1) + torch.finfo(torch.float32).eps
     yield Claim(LOSS, abs(own_loss / exact_loss - 1), "of the loss", loss_bound, "own rounding", note)
-    error, rounding = overall(own, exact), overall(rounded, exact)
+    error, rounding = largest_distance(own, exact), largest_distance(rounded, exact)
     yield Claim(GRADIENT, error, "of the norm", ROUNDING * rounding, "own rounding", f"{len(exact)} matrices, {note}")
 
 
-def random_factors(subject: Subject) -> Factors:
+def blocks_to_compare(subject: Subject) -> TransformerShape | None:
+    """Return the shape with as many blocks as the reference can have on the device, and in main memory more exactly."""
+    on_device = subject.first_blocks(lambda shape: reference_bytes(subject, shape, subject.dtype), subject.device_bytes)
+    wider = 2.0 if subject.dtype == "fp32" else 1.0  # fp64, of which the planner knows nothing
+    on_host = subject.first_blocks(lambda shape: wider * reference_bytes(subject, shape, "fp32"), subject.host_bytes)
+    if on_device is None or on_host is None:
+        return None
+    return min(on_device, on_host, key=lambda shape: shape.n_layers)
+
+
+def reference_bytes(subject: Subject, shape: TransformerShape, dtype: str, side: int | None = None) -> float:
+    """Return the bytes of a step of diffusers and peft, which recompute nothing."""
+    workload = replace(workload_of(shape, side or subject.side, dtype, subject.device.type == "cuda"), is_fused=False)
+    return memory.step_memory(workload, WeightPlacement(), "none", workload.max_tokens).total
+
+
+def random_factors(shape: TransformerShape) -> Factors:
     """Return factors of a LoRA whose change is not zero, the same each time."""
     draw = torch.Generator().manual_seed(3)
     factors: Factors = {}
-    for module in targets.select_modules(["attention", "feed_forward"], subject.shape.linears):
-        outputs, inputs = subject.shape.linears[module]
+    for module in targets.select_modules(["attention", "feed_forward"], shape.linears):
+        outputs, inputs = shape.linears[module]
         a = torch.randn(RANK, inputs, generator=draw) / inputs**0.5
         factors[module] = (a, 0.01 * torch.randn(outputs, RANK, generator=draw))
     return factors
 
 
-def our_step(subject: Subject, batch: Batch, side: int, factors: Factors) -> tuple[float, Gradients]:
+def our_step(subject: Subject, shape: TransformerShape, batch: Batch, factors: Factors) -> tuple[float, Gradients]:
     """Return the loss and the gradients of A and B as `train` computes them."""
-    plan = plan_without_limits(subject.shape, side, subject.dtype, subject.device.type == "cuda")
-    frozen = load_frozen(subject.paths.transformer, None, subject.dtype, subject.device)
+    plan = plan_without_limits(shape, subject.side, subject.dtype, subject.device.type == "cuda")
+    tensors = transformer.read_selected_weights(subject.paths.transformer, set(shape.parameters))
+    frozen = build_model(shape, WeightPlacement(), TORCH_DTYPES[subject.dtype], subject.device, tensors)
     attached: Any = attach_adapter(frozen.model, LoraSettings(rank=RANK), list(factors), 1)
     with torch.no_grad():
         for module, (a, b) in factors.items():
@@ -88,13 +108,15 @@ def our_step(subject: Subject, batch: Batch, side: int, factors: Factors) -> tup
 
 
 def peft_step(
-    subject: Subject, batch: Batch, factors: Factors, dtype: torch.dtype, device: torch.device
+    subject: Subject, shape: TransformerShape, batch: Batch, factors: Factors, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, Gradients]:
     """Return the same of diffusers' model and peft's layers in `dtype`, by autograd; nothing here is ours."""
-    model: Any = ZImageTransformer2DModel.from_pretrained(
-        subject.paths.transformer, torch_dtype=dtype, local_files_only=True
-    )
-    model = model.to(device).requires_grad_(False)
+    with init_empty_weights():
+        model: Any = ZImageTransformer2DModel(**shape.config())
+    for name, tensor in stored_tensors(subject.paths.transformer, set(shape.parameters)):
+        module, _, leaf = name.rpartition(".")
+        parameter = torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+        setattr(model.get_submodule(module), leaf, parameter)
     model.train()
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(factors)), model)
     trained: dict[str, Tensor] = {}
@@ -107,7 +129,7 @@ def peft_step(
     sigma = batch.sigma.to(device, torch.float64).view(-1, 1, 1, 1)
     x0, noise = batch.x0.to(device, torch.float64), batch.noise.to(device, torch.float64)
     noisy = (x0 + sigma * (noise - x0)).to(dtype)
-    prompts = [prompt.embeds[~prompt.is_padding].to(device, dtype) for prompt in batch.prompts]
+    prompts = [without_padding(prompt).to(device, dtype) for prompt in batch.prompts]
     time = (1 - sigma.flatten()).to(dtype if dtype != torch.bfloat16 else torch.float32)
     output = model(list(noisy.unsqueeze(2)), time, prompts, return_dict=False)[0]
     velocity = -torch.stack([image.to(torch.promote_types(dtype, torch.float32)) for image in output]).squeeze(2)
@@ -120,7 +142,18 @@ def peft_step(
     return float(loss.detach()), gradients
 
 
-def overall(found: Gradients, exact: Gradients) -> float:
+def stored_tensors(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors `names` of a transformer; those of diffusers' folder without the reader of this project."""
+    if not path.is_dir():
+        yield from transformer.read_selected_weights(path, names)
+        return
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in sorted(names & set(opened.keys())):
+                yield name, opened.get_tensor(name)
+
+
+def largest_distance(found: Gradients, exact: Gradients) -> float:
     """Return the largest relative distance of a matrix; infinite if names or sizes differ."""
     if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in exact.items()}:
         return math.inf

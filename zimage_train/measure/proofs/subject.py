@@ -1,6 +1,7 @@
-"""The model that claims are measured on."""
+"""The model that claims are measured on, the device, and how much of the model fits there."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ from zimage_train import mini
 from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.components import ModelPaths
 from zimage_train.models.locate import DownloadFn, NotDownloadedError, cached_only, locate, transformer_tensors
+from zimage_train.planning import devices
 
 PROMPTS = (
     *("", "a photo of zchar", "a red zorb on the left of a blue box", "Ein alter Leuchtturm im Sturm, Ölgemälde"),
@@ -25,40 +28,83 @@ PROMPTS = (
     "a very long caption, " * 120,
 )
 """Prompts of several scripts and lengths: empty, short, and longer than the model reads."""
+SIDES, MINIATURE_SIDES = (512, 768, 1024), (64, 96, 128)
+SHARE_OF_MEMORY = 0.8
+"""Share of main memory that a comparison may take."""
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model with its parts, and where and how it is run."""
 
+    config: Config
+    """Its `model` section says which model this is."""
     paths: ModelPaths
     shape: TransformerShape
     device: torch.device
-    dtype: str
     is_miniature: bool
     is_quick: bool
+    work: Path
+    """Folder of the LoRA and the pictures that parts share."""
 
     @property
-    def folder(self) -> Path:
-        """The folder of all parts, in the layout of diffusers."""
-        return self.paths.transformer.parent
+    def dtype(self) -> str:
+        return self.config.model.dtype
+
+    @property
+    def side(self) -> int:
+        """Width and height of images where one size is enough, px."""
+        return self.sides[0]
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Width and height of the images that steps are measured with, px."""
+        sides = MINIATURE_SIDES if self.is_miniature else SIDES
+        return sides[:1] if self.is_quick else sides
+
+    @property
+    def device_bytes(self) -> float:
+        """Memory that a plan may use of the device."""
+        return devices.device_limits(self.device).limit_bytes
+
+    @property
+    def host_bytes(self) -> float:
+        """Main memory that a comparison may take."""
+        return SHARE_OF_MEMORY * main_memory_bytes()
+
+    def first_blocks(self, bytes_of: Callable[[TransformerShape], float], available: float) -> TransformerShape | None:
+        """Return the shape with as many of the first blocks as fit `available`; None if not even one does."""
+        for blocks in range(self.shape.n_layers, 0, -1):
+            shape = replace(self.shape, n_layers=blocks)
+            if bytes_of(shape) <= available:
+                return shape
+        return None
+
+    def blocks_note(self, shape: TransformerShape) -> str:
+        """Return what a note says of a comparison on `shape`: nothing where this is the whole model."""
+        if shape.n_layers == self.shape.n_layers:
+            return ""
+        return f", the first {shape.n_layers} of {self.shape.n_layers} blocks, as all of them do not fit"
 
 
-def choose_model(config: Config | None, dtype: str, is_quick: bool, fetch: DownloadFn = cached_only) -> Subject:
+def choose_model(config: Config | None, is_quick: bool, work: Path, fetch: DownloadFn = cached_only) -> Subject:
     """Return the model of `config`; without one, Turbo where it is downloaded, and the miniature otherwise.
 
     Raises:
-        ZImageTrainError: the model of the config is not complete.
+        ZImageTrainError: the model of the config is not complete, or this machine cannot run it.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert device is not None
     if config is None:
+        config = _config({"variant": "turbo"})
         try:
-            return _subject(_config({"variant": "turbo", "dtype": dtype}), device, is_quick, fetch)
+            locate(config.model, fetch)
         except NotDownloadedError:
-            model = {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"}
-            return _subject(_config(model), device, is_quick, fetch)
-    return _subject(config, device, is_quick, fetch)
+            config = _config({"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = locate(config.model, fetch)
+    shape, _ = transformer_tensors(paths.transformer)
+    devices.require_device(device, shape, config.model.dtype)
+    is_miniature = Path(paths.transformer).resolve().is_relative_to(mini.HERE.resolve())
+    return Subject(config, paths, shape, device, is_miniature, is_quick, work)
 
 
 def _config(model: dict[str, str]) -> Config:
@@ -66,10 +112,3 @@ def _config(model: dict[str, str]) -> Config:
     if config is None:
         raise ConfigError(*problems)
     return config
-
-
-def _subject(config: Config, device: torch.device, is_quick: bool, fetch: DownloadFn) -> Subject:
-    paths = locate(config.model, fetch)
-    shape, _ = transformer_tensors(paths.transformer)
-    is_miniature = Path(paths.transformer).is_relative_to(mini.HERE)
-    return Subject(paths, shape, device, config.model.dtype, is_miniature, is_quick)

@@ -8,6 +8,7 @@ from diffusers import ZImageTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 
+from zimage_train.io.digests import DigestCache
 from zimage_train.lora import training_adapter
 from zimage_train.measure.proofs.claims import Claim, not_tried
 from zimage_train.measure.proofs.subject import Subject
@@ -15,10 +16,14 @@ from zimage_train.models import locate, transformer
 
 MERGED = 10
 """Modules whose merge is calculated anew."""
+KNOWN_DIGESTS: dict[str, str] = {}
+"""sha256 of a file -> what it is, and who reported it: a proof in docs/bench/proofs, or the hub's own API."""
+ADAPTER = "every module of the training adapter is merged"
 
 
 def weight_claims(subject: Subject) -> Iterator[Claim]:
-    """Yield claims on the tensors of the transformer, and on the adapter that is merged into them."""
+    """Yield claims on the files, the tensors of the transformer, and the adapter that is merged into them."""
+    yield from digest_claims(subject)
     with init_empty_weights():
         reference = ZImageTransformer2DModel(**subject.shape.config())
     expected = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
@@ -39,15 +44,32 @@ def weight_claims(subject: Subject) -> Iterator[Claim]:
     yield from adapter_claims(subject)
 
 
+def digest_claims(subject: Subject) -> Iterator[Claim]:
+    """Yield the sha256 of each file of weights; one that nobody reported before is as good as any other."""
+    extras = subject.paths.extras
+    parts = {"transformer": subject.paths.transformer, "text encoder": extras.text_encoder, "VAE": extras.vae}
+    if subject.paths.adapter is not None:
+        parts["training adapter"] = subject.paths.adapter
+    digests = DigestCache(None)
+    for part, path in parts.items():
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        for number, file in enumerate(files, 1):
+            digest = digests.of_content(file)
+            which = f", file {number} of {len(files)}" if len(files) > 1 else ""
+            known = KNOWN_DIGESTS.get(digest, "not seen before")
+            yield Claim(f"sha256 of the {part}{which}", None, note=f"{digest}: {known}")
+
+
 def adapter_claims(subject: Subject) -> Iterator[Claim]:
     """Yield claims on the training adapter: every module is matched, and the sum is that of a calculation in fp64."""
     if subject.paths.adapter is None:
-        yield not_tried("every module of the training adapter is merged", "this model has no training adapter")
+        yield not_tried(ADAPTER, "this model has no training adapter")
         return
-    adapter = training_adapter.load_adapter(subject.paths.adapter, 1.0, subject.shape)
+    strength = subject.config.model.adapter_strength
+    adapter = training_adapter.load_adapter(subject.paths.adapter, strength, subject.shape)
     stored = stored_modules(subject)
     yield Claim(
-        "every module of the training adapter is merged",
+        ADAPTER,
         len(stored.keys() ^ adapter.lora.keys()),
         "modules that are not",
         0,
@@ -63,7 +85,7 @@ def adapter_claims(subject: Subject) -> Iterator[Claim]:
         assert change is not None
         merged = (before.to(subject.device).float() + change).cpu()
         a, b, scale = stored[module]
-        delta = scale * (b.double() @ a.double())
+        delta = strength * scale * (b.double() @ a.double())
         exact = before.double() + delta
         worst = max(worst, float((merged.double() - exact).norm() / delta.norm()))
         rounding = max(rounding, float((exact.float().double() - exact).norm() / delta.norm()))
