@@ -32,6 +32,8 @@ from zimage_train.training.batches import Batch
 from zimage_train.training.step_runner import StepRunner
 
 LOSS, GRADIENT = "the loss of a step is that of diffusers and peft", "so is the gradient of every LoRA matrix"
+QUICK_BLOCKS = 6
+"""Blocks that the quick form compares, since the finer reference may run on the processor."""
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module -> A and B of its LoRA."""
 Gradients = dict[str, Tensor]
@@ -49,7 +51,9 @@ def step_claims(subject: Subject) -> Iterator[Claim]:
     factors = random_factors(shape)
     own_loss, own = our_step(subject, shape, batch, factors)
     rounded_loss, rounded = peft_step(subject, shape, batch, factors, dtype, subject.device)
-    exact_loss, exact = peft_step(subject, shape, batch, factors, finer, torch.device("cpu"))
+    fits_device = exact_bytes(subject, shape) <= subject.device_bytes
+    exact_device = subject.device if fits_device else torch.device("cpu")
+    exact_loss, exact = peft_step(subject, shape, batch, factors, finer, exact_device)
     note = f"{side} px in {subject.dtype}{subject.blocks_note(shape)}"
     loss_bound = ROUNDING * abs(rounded_loss / exact_loss - 1) + torch.finfo(torch.float32).eps
     yield Claim(LOSS, abs(own_loss / exact_loss - 1), "of the loss", loss_bound, "own rounding", note)
@@ -58,13 +62,20 @@ def step_claims(subject: Subject) -> Iterator[Claim]:
 
 
 def blocks_to_compare(subject: Subject) -> TransformerShape | None:
-    """Return the shape with as many blocks as the reference can have on the device, and in main memory more exactly."""
-    on_device = subject.first_blocks(lambda shape: reference_bytes(subject, shape, subject.dtype), subject.device_bytes)
-    wider = 2.0 if subject.dtype == "fp32" else 1.0  # fp64, of which the planner knows nothing
-    on_host = subject.first_blocks(lambda shape: wider * reference_bytes(subject, shape, "fp32"), subject.host_bytes)
-    if on_device is None or on_host is None:
+    """Return the shape with as many blocks as the reference can have, in both precisions; a few in the quick form."""
+    in_dtype = subject.first_blocks(lambda shape: reference_bytes(subject, shape, subject.dtype), subject.device_bytes)
+    available = max(subject.device_bytes, subject.host_bytes)
+    exact = subject.first_blocks(lambda shape: exact_bytes(subject, shape), available)
+    if in_dtype is None or exact is None:
         return None
-    return min(on_device, on_host, key=lambda shape: shape.n_layers)
+    most = QUICK_BLOCKS if subject.is_quick else subject.shape.n_layers
+    return replace(subject.shape, n_layers=min(in_dtype.n_layers, exact.n_layers, most))
+
+
+def exact_bytes(subject: Subject, shape: TransformerShape) -> float:
+    """Return the bytes of the reference's step in the finer precision."""
+    wider = FINER[subject.dtype].itemsize / torch.float32.itemsize  # the planner knows nothing of fp64
+    return wider * reference_bytes(subject, shape, "fp32")
 
 
 def reference_bytes(subject: Subject, shape: TransformerShape, dtype: str, side: int | None = None) -> float:

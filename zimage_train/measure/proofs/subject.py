@@ -17,17 +17,18 @@ from zimage_train.models.locate import DownloadFn, NotDownloadedError, cached_on
 from zimage_train.planning import devices
 
 PROMPTS = (
-    *("", "a photo of zchar", "a red zorb on the left of a blue box", "Ein alter Leuchtturm im Sturm, Ölgemälde"),
-    *(
-        "一只戴着红色围巾的猫，水墨画",
-        "сад после дождя",
-        'a sign that says "OPEN 24/7" in neon',
-        "portrait, 85mm, f/1.4 🌸",
-    ),
+    "",
+    "a photo of zchar",
+    " a red zorb on the left of a blue box\n",
+    "Ein alter Leuchtturm im Sturm, Ölgemälde",
+    "一只戴着红色围巾的猫，水墨画",
+    "сад после дождя",
+    'a sign that says "OPEN 24/7" in neon',
+    "portrait, 85mm, f/1.4 🌸",
     "a kitchen in the morning, with a table, two cups, bread, a window, and a cat that looks out of it; film grain",
     "a very long caption, " * 120,
 )
-"""Prompts of several scripts and lengths: empty, short, and longer than the model reads."""
+"""Prompts of several scripts and lengths: empty, between spaces, and longer than the model reads."""
 SIDES, MINIATURE_SIDES = (512, 768, 1024), (64, 96, 128)
 SHARE_OF_MEMORY = 0.8
 """Share of main memory that a comparison may take."""
@@ -84,7 +85,8 @@ class Subject:
         """Return what a note says of a comparison on `shape`: nothing where this is the whole model."""
         if shape.n_layers == self.shape.n_layers:
             return ""
-        return f", the first {shape.n_layers} of {self.shape.n_layers} blocks, as all of them do not fit"
+        reason = "in the quick form" if self.is_quick else "as all of them do not fit"
+        return f", the first {shape.n_layers} of {self.shape.n_layers} blocks, {reason}"
 
 
 def choose_model(config: Config | None, is_quick: bool, work: Path, fetch: DownloadFn = cached_only) -> Subject:

@@ -1,0 +1,168 @@
+"""`prove` as a command: what is written and when, what is measured again, and what ends with 1."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from zimage_train.commands import prove as command
+from zimage_train.commands.prove import prove
+from zimage_train.errors import Problem, ZImageTrainError
+from zimage_train.measure.proofs import durations
+from zimage_train.measure.proofs.claims import Claim, not_tried
+from zimage_train.measure.proofs.subject import Subject, choose_model
+from zimage_train.models.arch import TransformerShape
+
+HOLDS, FAILS = Claim("a", 1, "units", 1, "fp64", "ten of them"), Claim("b", 2, "units", 1, "fp64")
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class Parts:
+    """Parts that yield given claims, or raise, and count how often they were measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **parts: list[Claim] | Exception) -> None:
+        self.measured: list[str] = []
+        self.parts = parts
+        monkeypatch.setattr(command, "PARTS", {name: self.claims_fn(name) for name in parts})
+
+    def claims_fn(self, name: str) -> command.ClaimsFn:
+        def claims(subject: Subject) -> Iterator[Claim]:
+            self.measured.append(name)
+            content = self.parts[name]
+            if isinstance(content, Exception):
+                raise content
+            yield from content
+
+        return claims
+
+
+def claims_in(folder: Path) -> dict[str, list[dict[str, object]]]:
+    parts = json.loads((folder / "prove.json").read_text())["parts"]
+    return {part: measured["claims"] for part, measured in parts.items()}
+
+
+def test_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What is measured is kept, also if a later part ends the program, and is not measured again."""
+    parts = Parts(monkeypatch, one=[HOLDS], two=[HOLDS], three=[HOLDS])
+    parts.parts["two"] = KeyboardInterrupt()  # type: ignore[assignment]
+
+    def claims(subject: Subject) -> Iterator[Claim]:
+        raise KeyboardInterrupt
+        yield
+
+    patched = dict(command.PARTS)
+    monkeypatch.setitem(command.PARTS, "two", claims)
+    with pytest.raises(KeyboardInterrupt):
+        prove(None, True, tmp_path, {})
+    assert list(claims_in(tmp_path)) == ["one"]
+    monkeypatch.setattr(command, "PARTS", patched)
+    parts.parts["two"] = [HOLDS]
+    assert prove(None, True, tmp_path, {})
+    assert parts.measured == ["one", "two", "three"]
+    assert claims_in(tmp_path)["one"] == [HOLDS.as_json(True)]
+    assert "every claim that was tried holds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["machine", "versions", "model", "quick"])
+def test_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str):
+    """Results of another machine, of other versions or of another model are not those of this one."""
+    parts = Parts(monkeypatch, one=[HOLDS])
+    prove(None, True, tmp_path, {})
+    content = json.loads((tmp_path / "prove.json").read_text())
+    content[changed] = {"other": 1}
+    (tmp_path / "prove.json").write_text(json.dumps(content))
+    prove(None, True, tmp_path, {})
+    assert parts.measured == ["one", "one"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"parts": {"one": 3}}', '{"parts": []}'])
+def test_damaged_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str):
+    Parts(monkeypatch, one=[HOLDS])
+    (tmp_path / "prove.json").write_text(content)
+    assert prove(None, True, tmp_path, {}) and claims_in(tmp_path) == {"one": [HOLDS.as_json(True)]}
+
+
+def test_a_claim_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A failure ends nothing, and the command does not succeed, also if nothing is left to measure."""
+    parts = Parts(monkeypatch, one=[HOLDS, FAILS], two=[not_tried("c", "no card")])
+    assert not prove(None, True, tmp_path, {}) and parts.measured == ["one", "two"]
+    assert not prove(None, True, tmp_path, {}) and parts.measured == ["one", "two"]
+    assert "1 claims fail" in capsys.readouterr().out
+    page = (tmp_path / "prove.html").read_text()
+    assert '<td class="fails">fails</td>' in page and "not tried" in page
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ZImageTrainError(Problem("/home/someone/x", "is lost", "look", "missing-file")), "missing-file"),
+        (RuntimeError("/home/someone/x"), "RuntimeError"),
+        (torch.OutOfMemoryError("/home/someone/x"), "OutOfMemoryError"),
+    ],
+)
+def test_error_in_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, kind: str
+):
+    """It is a claim that fails, its message is shown and not written, and the other parts are measured."""
+    parts = Parts(monkeypatch, one=error, two=[HOLDS])
+    assert not prove(None, True, tmp_path, {}) and parts.measured == ["one", "two"]
+    (claim,) = claims_in(tmp_path)["one"]
+    assert (claim["promise"], claim["verdict"], claim["note"]) == ("one can be measured", "fails", kind)
+    assert "/home/someone" not in (tmp_path / "prove.json").read_text() + (tmp_path / "prove.html").read_text()
+    assert "/home/someone/x" in capsys.readouterr().out
+
+
+def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A project's folder adds a part to results that are there, which gets the folder and the LoRA of a run."""
+    parts = Parts(monkeypatch, one=[HOLDS])
+    prove(None, True, tmp_path, {})
+    given: list[object] = []
+
+    def claims(folder: Path, lora: Path, shape: object) -> Iterator[Claim]:
+        given.append((folder, lora))
+        yield FAILS
+
+    monkeypatch.setattr(command, "trained_lora", lambda subject: Path("lora"))
+    monkeypatch.setitem(command.LOADERS, "comfyui", claims)
+    assert not prove(None, True, tmp_path, {"comfyui": Path("there")})
+    assert parts.measured == ["one"] and given == [(Path("there"), Path("lora"))]
+    assert list(claims_in(tmp_path)) == ["one", "comfyui"]
+
+
+@pytest.mark.slow
+def test_process_of_its_own(tmp_path: Path):
+    """A part that is measured in another process, as on a GPU, has the same claims."""
+    subject = choose_model(None, True, tmp_path)
+    assert command.measure_apart("weights", subject, {}) == command.claims_of("weights", subject, {})
+
+
+def test_expected_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is that of what is left; on a full model the quick form takes minutes, and the whole about an hour."""
+    subject = choose_model(None, True, tmp_path)
+    assert list(durations.MINIATURE_SECONDS) == list(command.PARTS)
+    assert durations.expected_seconds(subject, ["weights"]) < durations.expected_seconds(subject, ["weights", "drift"])
+    full = replace(subject, shape=TransformerShape(), is_miniature=False, device=torch.device("cuda"))
+    monkeypatch.setattr(Subject, "device_bytes", property(lambda self: 23.5e9))
+    quick = durations.expected_seconds(full, command.PARTS) / 60
+    whole = durations.expected_seconds(replace(full, is_quick=False), command.PARTS) / 60
+    assert 5 < quick < 15 and 25 < whole < 75
+
+
+def test_page_holds_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The page is a file of its own: nothing is loaded from elsewhere."""
+    Parts(monkeypatch, one=[HOLDS])
+    prove(None, True, tmp_path, {})
+    page = (tmp_path / "prove.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "://" not in page
+    assert "ten of them" in page and 'href="#one"' in page
