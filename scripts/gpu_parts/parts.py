@@ -189,6 +189,14 @@ PARTS: dict[str, Part] = {
         limit_s=470,
         case_limit_s=240,
     ),
+    "proof": Part(
+        shows="`prove --quick` on a model of full size with random weights: each claim, measured and bounded",
+        work="gpu_parts.proof:measure",
+        cases=("quick",),
+        dry_cases=(),
+        limit_s=470,
+        case_limit_s=460,
+    ),
     "miniature": Part(
         shows="the miniature's family made on this device with little effort: seconds of each stage",
         work="gpu_parts.family:measure",

@@ -71,7 +71,7 @@ def test_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert prove(None, True, tmp_path, {})
     assert parts.measured == ["one", "two", "three"]
     assert claims_in(tmp_path)["one"] == [HOLDS.as_json(True)]
-    assert "every claim that was tried holds" in capsys.readouterr().out
+    assert "claims: 3 hold, 0 fail" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed", ["machine", "versions", "model", "quick"])
@@ -98,9 +98,9 @@ def test_a_claim_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     parts = Parts(monkeypatch, one=[HOLDS, FAILS], two=[not_tried("c", "no card")])
     assert not prove(None, True, tmp_path, {}) and parts.measured == ["one", "two"]
     assert not prove(None, True, tmp_path, {}) and parts.measured == ["one", "two"]
-    assert "1 claims fail" in capsys.readouterr().out
+    assert "claims: 1 hold, 1 fail" in capsys.readouterr().out
     page = (tmp_path / "prove.html").read_text()
-    assert '<td class="fails">fails</td>' in page and "not tried" in page
+    assert '<td class="fails">fails</td>' in page and "not tried" in page and "1 claims hold,\n1 fails." in page
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from zimage_train.io import atomic
 from zimage_train.io.json_text import parse_json
 from zimage_train.measure import records
 from zimage_train.measure.proofs import durations, loaders
-from zimage_train.measure.proofs.claims import Claim
+from zimage_train.measure.proofs.claims import Claim, Verdict
 from zimage_train.measure.proofs.encoders import latent_claims, text_claims
 from zimage_train.measure.proofs.plans import memory_claims
 from zimage_train.measure.proofs.results import PICTURES, drift_claims, export_claims, picture_claims
@@ -87,14 +87,22 @@ def prove(config: Config | None, is_quick: bool, folder: Path, projects: dict[st
         found[part] = _measure(part, subject, projects, console)
         _print_part(console, part, found[part])
         atomic.write_json(folder / "prove.json", facts | {"parts": found})
-        html = template.render_html("prove.html", **facts, parts=found, pictures=_pictures(subject))
+        pictures, verdicts = _pictures(subject), _verdicts(found)
+        html = template.render_html(
+            "prove.html", **facts, parts=found, pictures=pictures, verdicts=verdicts, format_value=format_value
+        )
         atomic.write_text(folder / "prove.html", html)
     for run in RUNS:
         atomic.remove_folder(subject.work / run)
     console.info(f"{folder / 'prove.html'} and prove.json can be sent: they name no path, prompt or person of yours")
-    failed = [claim for part in found.values() for claim in part["claims"] if claim["verdict"] == "fails"]
-    console.info(f"{len(failed)} claims fail" if failed else "every claim that was tried holds")
-    return not failed
+    verdicts = _verdicts(found)
+    console.info(f"claims: {verdicts.count('holds')} hold, {verdicts.count('fails')} fail")
+    return "fails" not in verdicts
+
+
+def format_value(value: float) -> str:
+    """Return a measured value for people: all digits of a count, and four of anything else."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def facts_of(subject: Subject) -> dict[str, Any]:
@@ -169,10 +177,16 @@ def _print_part(console: Console, part: str, measured: dict[str, Any]) -> None:
 
 
 def _line(claim: dict[str, Any]) -> str:
-    bound = f" (at most {claim['bound']:.3g})" if "bound" in claim else ""
-    value = f": {claim['value']:.4g} {claim.get('unit', '')}".rstrip() if "value" in claim else ""
-    note = f"; {claim['note']}" if "note" in claim else ""
-    return f"{claim['verdict']:8}  {claim['promise']}{value}{bound if value else ''}{note}"
+    text = f"{claim['verdict']:8}  {claim['promise']}"
+    if "value" in claim:
+        text = f"{text}: {format_value(claim['value'])} {claim.get('unit', '')}".rstrip()
+    if "bound" in claim:
+        text += f" (at most {claim['bound']:.3g})"
+    return f"{text}; {claim['note']}" if "note" in claim else text
+
+
+def _verdicts(parts: dict[str, dict[str, Any]]) -> list[Verdict]:
+    return [claim["verdict"] for part in parts.values() for claim in part["claims"]]
 
 
 def _pictures(subject: Subject) -> list[dict[str, str]]:

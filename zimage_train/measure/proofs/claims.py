@@ -1,7 +1,7 @@
 """Claims that are measured, their bounds, and what follows from both."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 BoundSource = Literal["equality", "fp64", "own rounding", "reference", "forecast", "miniature"]
@@ -25,6 +25,8 @@ class Claim:
     note: str = ""
     """The things that were compared, or the reason why it was not tried."""
     is_tried: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Numbers behind the value, by name, for programs that put proofs together."""
 
     def verdict(self, is_miniature: bool) -> Verdict:
         """Return what the value says; a bound of the miniature alone refutes nothing about another model."""
@@ -40,7 +42,7 @@ class Claim:
 
     def as_json(self, is_miniature: bool) -> dict[str, Any]:
         """Return the fields that are set, and the verdict. A value that is not finite has no form in JSON."""
-        fields = {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        fields = {name: value for name, value in asdict(self).items() if value not in (None, "", {})}
         del fields["is_tried"]
         if not math.isfinite(fields.get("value", 0.0)):
             fields["note"] = f"{fields.pop('value')} was measured; {self.note}".removesuffix("; ")

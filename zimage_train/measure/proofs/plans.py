@@ -58,20 +58,28 @@ def plan_claims(subject: Subject, case: BudgetCase, budget: Budget) -> Iterator[
     plan = case.plan(subject.device)
     name = f"{budget.label}, {case.side} px, {case.quantization or case.dtype}"
     found = run_apart(case) if subject.device.type == "cuda" else budgets.run_budget(case, subject.device)
-    fits = f"a step fits its budget ({name})"
-    note = describe(plan)
+    fits, note = f"a step fits its budget ({name})", describe(plan)
+    predicted_gb = predicted_bytes(plan) / 1e9
+    measured = {key: value for key, value in found.items() if key in ("allocated_gb", "reserved_gb")}
+    facts = {
+        "budget_gb": round(case.budget_bytes / 1e9, 3),
+        "side": case.side,
+        "quantization": case.quantization,
+        "streamed": plan.placement.streamed,
+        "predicted_gb": round(predicted_gb, 6),
+        **measured,
+    }
     if not found["ran"]:
         # A plan that says that nothing fits keeps its word.
-        yield Claim(fits, float(plan.fits), "runs out of memory", 0, "forecast", note)
+        yield Claim(fits, float(plan.fits), "runs out of memory", 0, "forecast", note, facts=facts)
         return
-    predicted = predicted_bytes(plan) / 1e9
-    taken = found.get("reserved_gb", found["allocated_gb"]) + CONTEXT_BYTES / 1e9 * (subject.device.type == "cuda")
     if plan.fits and subject.device.type == "cuda":
-        yield Claim(fits, taken * 1e9 / case.budget_bytes, "of the budget", 1.0, "forecast", note)
-    note = f"{found['allocated_gb']:.3g} GB allocated, {predicted:.3g} GB predicted; {note}"
-    ratio = found["allocated_gb"] / predicted
+        share = (found["reserved_gb"] * 1e9 + CONTEXT_BYTES) / case.budget_bytes
+        yield Claim(fits, share, "of the budget", 1.0, "forecast", note, facts=facts)
+    ratio = found["allocated_gb"] / predicted_gb
     promise = f"the peak is at most what was predicted ({name})"
-    yield Claim(promise, ratio, "times", PREDICTED_WITHIN, "forecast", note)
+    note = f"{found['allocated_gb']:.3g} GB allocated, {predicted_gb:.3g} GB predicted; {note}"
+    yield Claim(promise, ratio, "times", PREDICTED_WITHIN, "forecast", note, facts=facts)
 
 
 def run_apart(case: BudgetCase) -> dict[str, Any]:

@@ -29,7 +29,7 @@ PROMPTS = (
     "a very long caption, " * 120,
 )
 """Prompts of several scripts and lengths: empty, between spaces, and longer than the model reads."""
-SIDES, MINIATURE_SIDES = (512, 768, 1024), (64, 96, 128)
+SIDES, MINIATURE_SIDES = (512, 768, 1024), (64, 128)
 SHARE_OF_MEMORY = 0.8
 """Share of main memory that a comparison may take."""
 

@@ -83,13 +83,15 @@ def forecast_claims(subject: Subject, timed: list[Timed]) -> Iterator[Claim]:
         first, *timed = timed
         factor = first.seconds / first.predicted
         note = "this device is in no list: forecasts of larger steps follow from this one"
-        yield Claim(f"a step at {first.side} px", first.seconds, "s", note=note)
+        facts = {"side": first.side, "seconds": round(first.seconds, 5)}
+        yield Claim(f"a step at {first.side} px", first.seconds, "s", note=note, facts=facts)
     for one in timed:
         predicted = factor * one.predicted
         promise = f"a step at {one.side} px takes no longer than the forecast's interval"
         note = f"{one.seconds:.3g} s, {predicted:.3g} s forecast"
         bound = ROOM[subject.is_miniature] * flops.TIME_INTERVAL[1]
-        yield Claim(promise, one.seconds / predicted, "times", bound, "forecast", note)
+        facts = {"side": one.side, "seconds": round(one.seconds, 5), "predicted_seconds": round(predicted, 5)}
+        yield Claim(promise, one.seconds / predicted, "times", bound, "forecast", note, facts=facts)
 
 
 def reference_claims(subject: Subject, side: int) -> Iterator[Claim]:
@@ -109,4 +111,5 @@ def reference_claims(subject: Subject, side: int) -> Iterator[Claim]:
     plan = plan_without_limits(shape, side, subject.dtype, gpu)
     times = time_steps(shape, plan, square(side, 1), subject.device, diffusers_and_peft, PAIRS)
     note = f"random weights in {subject.dtype}{subject.blocks_note(shape)}"
-    yield Claim(promise, times.ratio, "times", ROOM[subject.is_miniature], "reference", note)
+    facts = {"side": side, "to_reference": round(times.ratio, 4)}
+    yield Claim(promise, times.ratio, "times", ROOM[subject.is_miniature], "reference", note, facts=facts)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from zimage_train.io.digests import DigestCache
+from zimage_train.io.json_text import parse_json
 from zimage_train.lora import training_adapter
 from zimage_train.measure.proofs.claims import Claim, not_tried
 from zimage_train.measure.proofs.subject import Subject
@@ -16,8 +18,11 @@ from zimage_train.models import locate, transformer
 
 MERGED = 10
 """Modules whose merge is calculated anew."""
-KNOWN_DIGESTS: dict[str, str] = {}
-"""sha256 of a file -> what it is, and who reported it: a proof in docs/bench/proofs, or the hub's own API."""
+KNOWN_DIGESTS: dict[str, str] = parse_json(Path(__file__).with_name("digests.json").read_bytes())
+"""sha256 of a file -> its name and who reported it: a proof in docs/bench/proofs, or the hub's own API.
+
+`scripts/collect_proofs.py` writes it.
+"""
 ADAPTER = "every module of the training adapter is merged"
 
 
@@ -57,7 +62,8 @@ def digest_claims(subject: Subject) -> Iterator[Claim]:
             digest = digests.of_content(file)
             which = f", file {number} of {len(files)}" if len(files) > 1 else ""
             known = KNOWN_DIGESTS.get(digest, "not seen before")
-            yield Claim(f"sha256 of the {part}{which}", None, note=f"{digest}: {known}")
+            facts = {"sha256": digest, "file": f"{part}{which}", "is_published": subject.config.model.path is None}
+            yield Claim(f"sha256 of the {part}{which}", None, note=f"{digest}: {known}", facts=facts)
 
 
 def adapter_claims(subject: Subject) -> Iterator[Claim]:

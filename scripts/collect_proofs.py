@@ -1,0 +1,168 @@
+"""Check proofs that were sent, keep them in docs/bench/proofs, and tabulate them in docs/memory.md.
+
+    python scripts/collect_proofs.py [prove.json ...]
+
+A proof is refused if its form is another one, if a verdict is not that of its value and bound, or if a text in it could
+be a path. Without arguments the table and the digests are written anew from the proofs that are kept.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from zimage_train.io.json_text import parse_json
+from zimage_train.measure.proofs import weights
+from zimage_train.measure.proofs.claims import Claim
+
+ROOT = Path(__file__).parent.parent
+PROOFS, PAGE = ROOT / "docs" / "bench" / "proofs", ROOT / "docs" / "memory.md"
+DIGESTS = Path(weights.__file__).with_name("digests.json")
+BEGIN, END = "<!-- proofs: scripts/collect_proofs.py writes this -->", "<!-- end of proofs -->"
+NONE_YET = "No proof has been sent yet, so **no card is in this table**."
+MOST_BYTES = 1_000_000
+PATH = re.compile(r"[\\~]|(^|\s)/|[A-Za-z]:/|@|/(home|Users|root|mnt|workspace)\b")
+"""A text that could name a folder, a person or a machine. Fractions such as 48/48 may stand in it."""
+
+
+class ProofError(Exception):
+    """A proof cannot be taken; the message says why."""
+
+
+def read_proof(path: Path) -> dict[str, Any]:
+    """Return a proof that can be kept.
+
+    Raises:
+        ProofError: it has another form, contradicts itself, or could be personal.
+    """
+    if path.stat().st_size > MOST_BYTES:
+        raise ProofError(f"has more than {MOST_BYTES:,} bytes")
+    try:
+        proof = parse_json(path.read_bytes())
+        card, memory_gb = proof["machine"]["card"], proof["machine"]["memory_gb"]
+        is_miniature, version = proof["model"]["is_miniature"], proof["versions"]["zimage-train"]
+        rows = [row for part in proof["parts"].values() for row in part["claims"]]
+        claims = [_claim(row) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProofError(f"is no prove.json of a GPU ({type(error).__name__}: {error})") from error
+    if not (isinstance(card, str) and isinstance(version, str) and isinstance(memory_gb, int | float)):
+        raise ProofError("its card, memory or version is not what it should be")
+    for row, claim in zip(rows, claims, strict=True):
+        verdict = claim.verdict(is_miniature)
+        if verdict != row["verdict"] and row["verdict"] != "not tried":
+            raise ProofError(f"says {row['verdict']!r} where the numbers say {verdict!r}: {row['promise']}")
+    found = [text for text in _texts(proof) if PATH.search(text)]
+    if found:
+        raise ProofError(f"holds a text that could be a path or a name: {found[0]!r}")
+    return proof
+
+
+def _claim(row: dict[str, Any]) -> Claim:
+    fields = {name: value for name, value in row.items() if name != "verdict"}
+    return Claim(**({"value": None} | fields))
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Yield each text in a JSON value, the names of its fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, content in value.items():
+            yield str(name)
+            yield from _texts(content)
+    elif isinstance(value, list):
+        for content in value:
+            yield from _texts(content)
+
+
+def name_of(proof: dict[str, Any]) -> str:
+    """Return the name of the file that a proof is kept in: the newest of a card, a version and a form."""
+    form = "quick" if proof["quick"] else "whole"
+    words = f"{proof['machine']['card']} {proof['versions']['zimage-train']} {proof['model']['variant']} {form}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
+
+
+def table(proofs: list[dict[str, Any]]) -> str:
+    """Return a row for each proof: seconds a step, and how far predictions were off."""
+    if not proofs:
+        return NONE_YET
+    head = (
+        *("card", "512 px", "768 px", "1024 px"),
+        *("to the forecast", "to diffusers + peft", "peak to prediction", "hold, fail"),
+    )
+    rows = [head, ("---",) * len(head)]
+    for proof in sorted(proofs, key=lambda proof: (proof["machine"]["card"], proof["versions"]["zimage-train"])):
+        rows.append(_row(proof))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(proof: dict[str, Any]) -> tuple[str, ...]:
+    claims = [claim for part in proof["parts"].values() for claim in part["claims"]]
+    facts = [claim.get("facts", {}) for claim in claims]
+    seconds = {fact["side"]: fact["seconds"] for fact in facts if "seconds" in fact}
+    forecast = [fact["seconds"] / fact["predicted_seconds"] for fact in facts if "predicted_seconds" in fact]
+    reference = [fact["to_reference"] for fact in facts if "to_reference" in fact]
+    peaks = [fact["allocated_gb"] / fact["predicted_gb"] for fact in facts if "allocated_gb" in fact]
+    verdicts = [claim["verdict"] for claim in claims]
+    return (
+        f"{proof['machine']['card']}, {proof['machine']['memory_gb']:.0f} GB ({proof['versions']['zimage-train']})",
+        *(f"{seconds[side]:.2f} s" if side in seconds else "" for side in (512, 768, 1024)),
+        _range(forecast),
+        _range(reference),
+        _range(peaks),
+        f"{verdicts.count('holds')}, {verdicts.count('fails')}",
+    )
+
+
+def _range(ratios: list[float]) -> str:
+    if not ratios:
+        return ""
+    least, most = min(ratios), max(ratios)
+    return f"{least:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} to {most:.2f}"
+
+
+def digests(proofs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the digests of published files in `proofs`, each with the file, and the proof that reported it first."""
+    found: dict[str, str] = {}
+    for name, proof in sorted(proofs.items()):
+        for claim in proof["parts"].get("weights", {"claims": []})["claims"]:
+            facts = claim.get("facts", {})
+            if facts.get("is_published"):
+                text = f"{facts['file']} of {proof['model']['variant']}, as docs/bench/proofs/{name} has it"
+                found.setdefault(facts["sha256"], text)
+    return found
+
+
+def written_page(text: str, content: str) -> str:
+    """Return the page with `content` between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    """Keep the proofs, and write the table and the digests; return 1 if one was refused."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("proofs", nargs="*", type=Path, metavar="prove.json")
+    refused = 0
+    for path in parser.parse_args(arguments).proofs:
+        try:
+            proof = read_proof(path)
+        except (ProofError, OSError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            refused += 1
+            continue
+        PROOFS.mkdir(parents=True, exist_ok=True)
+        (PROOFS / name_of(proof)).write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
+        print(f"{path}: kept as {name_of(proof)}")
+    kept = {path.name: read_proof(path) for path in sorted(PROOFS.glob("*.json"))}
+    PAGE.write_text(written_page(PAGE.read_text(encoding="utf-8"), table(list(kept.values()))), encoding="utf-8")
+    DIGESTS.write_text(json.dumps(digests(kept), indent=1) + "\n", encoding="utf-8")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
