@@ -1,54 +1,172 @@
-"""The wheel: it holds every file of the package, and what is installed from it trains far from the sources."""
+"""A release: the sdist is the checkout, the wheel the package, and what is installed from it works far from both."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from zimage_train import mini
+from packaging.metadata import Metadata
 
 ROOT = Path(__file__).parents[2]
+MADE_BY_SETUPTOOLS = {"PKG-INFO", "setup.cfg"}
+
+pytestmark = pytest.mark.slow
 
 
-def run(*words: str | Path, cwd: Path, path: Path | None = None) -> str:
+def run(*words: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(path), "HF_HUB_OFFLINE": "1"} if path else {}
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
     assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])
     return done.stdout
 
 
-def package_files() -> set[str]:
-    """What git has of the package; without git, what lies there."""
-    if (ROOT / ".git").exists():
-        return set(run("git", "ls-files", "zimage_train", cwd=ROOT).split())
-    found = (path for path in (ROOT / "zimage_train").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {path.relative_to(ROOT).as_posix() for path in found}
+def project_files() -> set[str]:
+    """What git has of the project."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("without git, nothing says which files belong to the project")
+    return set(run("git", "ls-files", "-z", cwd=ROOT).strip("\0").split("\0"))
 
 
-@pytest.mark.slow
-def test_wheel_trains_without_the_sources(tmp_path: Path):
-    """A wheel holds the whole package, and trains without the sources."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    source = tmp_path / "source"
-    for name in (*package_files(), "pyproject.toml", "README.md", "LICENSE"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    run(*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path / "wheels", cwd=source)
-    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Call the hook that pip and `python -m build` call, with the setuptools that is here."""
+    target.mkdir(parents=True)
+    run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_{kind}({str(target)!r})", cwd=source)
+    (built,) = target.iterdir()
+    return built
+
+
+def files_of_wheel(wheel: Path) -> dict[str, bytes]:
+    """Name -> content, without what describes the wheel itself."""
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == package_files()
-    home, site = tmp_path / "home", tmp_path / "site"
-    home.mkdir()
-    run(*pip, "install", "-q", "--no-deps", "--target", site, wheel, cwd=home)
-    program = [sys.executable, "-m", "zimage_train"]
-    where = run(sys.executable, "-c", "import zimage_train; print(zimage_train.__file__)", cwd=home, path=site)
-    assert where.startswith(str(site))
-    run(*program, "init", mini.IMAGES, "--miniature", "--yes", "--name", "x", cwd=home, path=site)
-    cache = f"cache.folder={tmp_path / 'cache'}"
-    run(*program, "train", "x.yaml", "--set", "train.steps=1", "--set", cache, cwd=home, path=site)
-    assert (home / "runs" / "x" / "lora" / "x.safetensors").exists() and (home / "runs" / "x" / "report.html").exists()
+        return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@dataclass(frozen=True)
+class Release:
+    """Files of a release, and what they were made from."""
+
+    tree: Path
+    """What git has, as a clone would."""
+    sdist: Path
+    wheel: Path
+    """Built from the sdist."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A virtual environment with the wheel in it, and a folder to work in, both outside of the checkout."""
+
+    venv: Path
+    home: Path
+
+    def path(self, kind: str) -> Path:
+        return Path(sysconfig.get_path(kind, "venv", {"base": str(self.venv)}))
+
+    def zimage_train(self, *words: str | Path) -> str:
+        """Run the program as somebody who has installed it does, and return what it prints."""
+        return run(self.path("scripts") / "zimage-train", *words, cwd=self.home)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    place = tmp_path_factory.mktemp("release")
+    tree = place / "tree"
+    for name in project_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    sdist = build("sdist", tree, place / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place / "unpacked", filter="data")
+    (unpacked,) = (place / "unpacked").iterdir()
+    return Release(tree, sdist, build("wheel", unpacked, place / "wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel, installed beside the dependencies of this interpreter.
+
+    A .pth file names their folders only. It does not read the .pth files within them, which would bring the checkout.
+    """
+    place = tmp_path_factory.mktemp("installed")
+    made = Installed(place / "venv", place / "home")
+    made.home.mkdir()
+    run(sys.executable, "-m", "venv", "--without-pip", made.venv, cwd=place)
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (made.path("purelib") / "dependencies.pth").write_text("\n".join(packages))
+    python = made.path("scripts") / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--python", python]
+    run(*pip, "install", "-q", "--no-deps", "--no-compile", release.wheel, cwd=made.home)
+    return made
+
+
+def test_sdist_is_the_checkout(release: Release):
+    """The sdist holds every file that git has, as it is, and none besides."""
+    held = {}
+    with tarfile.open(release.sdist) as archive:
+        for member in filter(tarfile.TarInfo.isfile, archive):
+            name = member.name.partition("/")[2]
+            held[name] = (archive.extractfile(member).read(), member.mode & 0o100)
+    made = {name for name in held if name in MADE_BY_SETUPTOOLS or name.startswith("zimage_train.egg-info/")}
+    assert set(held) - made == project_files()
+    for name in project_files():
+        assert held[name] == ((ROOT / name).read_bytes(), (ROOT / name).stat().st_mode & 0o100), name
+
+
+def test_wheel_is_the_package(release: Release, tmp_path: Path):
+    """A wheel holds every file of the package, as it is, whether it is built from the sdist or from a clone."""
+    held = files_of_wheel(release.wheel)
+    assert set(held) == {name for name in project_files() if name.startswith("zimage_train/")}
+    assert [name for name, content in held.items() if (ROOT / name).read_bytes() != content] == []
+    assert files_of_wheel(build("wheel", release.tree, tmp_path / "wheel")) == held
+
+
+def test_metadata_of_the_wheel(release: Release, installed: Installed):
+    """The metadata are valid, and have the version that the program prints and the files are named after."""
+    with zipfile.ZipFile(release.wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        found = Metadata.from_email(archive.read(name))
+    version = str(found.version)
+    assert installed.zimage_train("--version") == f"zimage-train {version}\n"
+    assert release.wheel.name == f"zimage_train-{version}-py3-none-any.whl"
+    assert release.sdist.name == f"zimage_train-{version}.tar.gz"
+    assert found.license_expression == "Apache-2.0" and found.license_files == ["LICENSE"]
+    assert found.description == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert found.description_content_type == "text/markdown"
+    assert found.summary and found.keywords and found.classifiers
+
+
+def test_only_the_wheel_is_imported(installed: Installed):
+    """The program comes from the wheel alone, although this interpreter has the checkout installed."""
+    code = "import zimage_train; print(*zimage_train.__path__)"
+    imported = run(installed.path("scripts") / "python", "-c", code, cwd=installed.home).strip()
+    assert imported == str(installed.path("purelib") / "zimage_train")
+
+
+def test_wheel_trains_and_samples(installed: Installed):
+    """From a folder of images to an image drawn with the LoRA, by the commands of the README."""
+    images = installed.path("purelib") / "zimage_train" / "mini" / "pictures"
+    model = images.parent / "turbo"
+    installed.zimage_train("init", images, "--miniature", "--yes", "--name", "x")
+    assert "x: no problems found" in installed.zimage_train("check", "x.yaml")
+    changes = {"train.steps": 1, "sample.first": "false", "cache.folder": installed.home / "cache"}
+    words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    installed.zimage_train("train", "x.yaml", *words)
+    made = installed.home / "runs" / "x"
+    lora = made / "lora" / "x.safetensors"
+    assert lora.exists() and (made / "report.html").exists()
+    size = ["--width", "64", "--height", "64"]
+    printed = installed.zimage_train("sample", model, "--lora", lora, "--prompt", "a photo of zchar", *size)
+    assert "matched 42/42 modules" in printed
+    assert list(installed.home.glob("samples/*.png"))
+
+
+def test_wheel_has_the_command_prove(installed: Installed):
+    """The proof is part of what is installed."""
+    printed = installed.zimage_train("prove", "--help")
+    assert "--quick" in printed and "prove.html" in printed
