@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from zimage_train import mini
+from zimage_train import __version__, mini
 from zimage_train.cli.app import app
 from zimage_train.lora import lora_file
 
@@ -17,8 +17,12 @@ from mini_config import tiny
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LORAS = ("my", "a", "b", "one", "two")
+WHEEL = f"zimage_train-{__version__}-py3-none-any.whl"
 NOT_RUN = {
     "bash scripts/quickstart.sh": "makes a .venv; tests/scripts runs its parts, and people the whole",
+    "python3 -m venv zimage": "makes a virtual environment; tests/end_to_end/test_wheel.py does",
+    "source zimage/bin/activate": "changes the shell of whoever types it",
+    f'pip install "{WHEEL}[ui]"': "downloads; tests/end_to_end/test_wheel.py installs the wheel alone",
     'pip install "zimage-train[modelscope]"': "downloads",
     "export ZIMAGE_TRAIN_HUB=modelscope": "changes the shell of whoever types it; tests/models sets it",
     "zimage-train ui": "serves until it is stopped; tests/ui runs it",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from zimage_train import mini
+from zimage_train import __version__, mini
 from zimage_train.cli.app import app
 from zimage_train.config.load import read_config
 
@@ -58,6 +58,7 @@ BUDGETS_GB = [24, 16, 12, 8]
 BUDGET_CONFIGS = {ROOT / "configs" / f"{budget_gb}gb.yaml" for budget_gb in BUDGETS_GB}
 CONFIGS_WITHOUT_BUDGET = sorted(set((ROOT / "configs").glob("*.yaml")) - BUDGET_CONFIGS)
 NOT_RUN = {
+    f'pip install "zimage_train-{__version__}-py3-none-any.whl[ui]"': "downloads; test_wheel.py installs without",
     "python3 scripts/setup_venv.py": "makes a .venv; tests/scripts/test_setup_venv.py runs its parts",
     "source .venv/bin/activate": "changes the shell of whoever types it",
 }

@@ -231,7 +231,7 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "c.yaml: is empty; see configs/quickstart.yaml for a start"),
+        (b"", "c.yaml: is empty; zimage-train init FOLDER writes a config"),
         (b"\xef\xbb\xbf", "c.yaml: is empty"),
         (b"# only a comment\n", "c.yaml: is empty"),
         (b"null\n", "c.yaml: is empty"),

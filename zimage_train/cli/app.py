@@ -28,7 +28,7 @@ register_format(DATASET_TOML)
 app = typer.Typer(
     cls=Interruptible,
     name="zimage-train",
-    help="Train LoRAs for Z-Image. Start with: zimage-train train configs/quickstart.yaml",
+    help="Train LoRAs for Z-Image. Start with: zimage-train init FOLDER",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -61,7 +61,7 @@ def load_document(
     """
     problems = [yaml_problem(path, error) for error in document.problems]
     if document.value is None:
-        raise ConfigError(Problem(str(path), "is empty", "see configs/quickstart.yaml for a start", "not-a-config"))
+        raise ConfigError(Problem(str(path), "is empty", "zimage-train init FOLDER writes a config", "not-a-config"))
     if not isinstance(document.value, dict):
         message = f"holds {validation_errors.type_name(document.value)}, not settings"
         raise ConfigError(Problem(str(path), message, "write `key: value` lines", "not-a-config"))
