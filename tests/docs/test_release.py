@@ -31,7 +31,7 @@ def test_version_stands_in_one_place():
     assert holders == [ROOT / "zimage_train" / "__init__.py"]
 
 
-def test_pages_name_the_files_of_this_version():
+def test_pages_name_files_of_the_version():
     """Where a page names the wheel or the sdist, or what `--version` prints, it is of this version."""
     named = {}
     for path in READ_BY_PEOPLE:
