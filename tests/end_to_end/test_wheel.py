@@ -19,8 +19,8 @@ MADE_BY_SETUPTOOLS = {"PKG-INFO", "setup.cfg"}
 pytestmark = pytest.mark.slow
 
 
-def run(*words: str | Path, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(*words: str | Path, cwd: Path, **changes: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | changes
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
     assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])
     return done.stdout
@@ -69,8 +69,9 @@ class Installed:
         return Path(sysconfig.get_path(kind, "venv", {"base": str(self.venv)}))
 
     def zimage_train(self, *words: str | Path) -> str:
-        """Run the program as somebody who has installed it does, and return what it prints."""
-        return run(self.path("scripts") / "zimage-train", *words, cwd=self.home)
+        """Run the program as somebody who has just installed it does, with empty caches; return what it prints."""
+        program = self.path("scripts") / "zimage-train"
+        return run(program, *words, cwd=self.home, XDG_CACHE_HOME=str(self.home / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +155,7 @@ def test_wheel_trains_and_samples(installed: Installed):
     model = images.parent / "turbo"
     installed.zimage_train("init", images, "--miniature", "--yes", "--name", "x")
     assert "x: no problems found" in installed.zimage_train("check", "x.yaml")
-    changes = {"train.steps": 1, "sample.first": "false", "cache.folder": installed.home / "cache"}
-    words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    installed.zimage_train("train", "x.yaml", *words)
+    installed.zimage_train("train", "x.yaml", "--set", "train.steps=1", "--set", "sample.first=false")
     made = installed.home / "runs" / "x"
     lora = made / "lora" / "x.safetensors"
     assert lora.exists() and (made / "report.html").exists()
