@@ -74,7 +74,7 @@ def test_pages_of_a_form_exist(path: Path):
 
 
 def test_a_bug_is_asked_for_what_it_needs():
-    """The form for bugs asks for version, command, output, config and proof, and says that the proof is safe to send."""
+    """It asks for version, command, output, config and proof, and says that the proof is safe to send."""
     asked = {item["id"]: item for item in read(FORMS[0])["body"] if "id" in item}
     assert set(asked) == {"version", "command", "result", "output", "config", "proof"}
     described = " ".join(asked["proof"]["attributes"]["description"].split())
