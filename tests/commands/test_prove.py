@@ -11,7 +11,7 @@ import torch
 
 from zimage_train.commands import prove as command
 from zimage_train.commands.prove import prove
-from zimage_train.errors import Problem, ZImageTrainError
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError
 from zimage_train.measure.proofs import durations
 from zimage_train.measure.proofs.claims import Claim, not_tried
 from zimage_train.measure.proofs.subject import Subject, choose_model
@@ -135,8 +135,13 @@ def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(command, "trained_lora", lambda subject: Path("lora"))
     monkeypatch.setitem(command.LOADERS, "comfyui", claims)
-    assert not prove(None, True, tmp_path, {"comfyui": Path("there")})
-    assert parts.measured == ["one"] and given == [(Path("there"), Path("lora"))]
+    with pytest.raises(ConfigError, match="--comfyui: is not the source of ComfyUI"):
+        prove(None, True, tmp_path, {"comfyui": tmp_path / "nowhere"})
+    source = tmp_path / "there"
+    (source / "comfy").mkdir(parents=True)
+    (source / "comfy" / "lora.py").touch()
+    assert not prove(None, True, tmp_path, {"comfyui": source})
+    assert parts.measured == ["one"] and given == [(source, Path("lora"))]
     assert list(claims_in(tmp_path)) == ["one", "comfyui"]
 
 

@@ -1,17 +1,22 @@
 """A release: the sdist is the checkout, the wheel the package, and what is installed from it works far from both."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from packaging.metadata import Metadata
+
+from zimage_train.commands.prove import PARTS
 
 ROOT = Path(__file__).parents[2]
 MADE_BY_SETUPTOOLS = {"PKG-INFO", "setup.cfg"}
@@ -169,3 +174,26 @@ def test_wheel_has_the_command_prove(installed: Installed):
     """The proof is part of what is installed."""
     printed = installed.zimage_train("prove", "--help")
     assert "--quick" in printed and "prove.html" in printed
+
+
+def test_every_claim_holds(installed: Installed):
+    """`prove` from the wheel, on the miniature: each part is measured, everything holds, and nothing is left out."""
+    printed = installed.zimage_train("prove", "-o", "proof")
+    folder = installed.home / "proof"
+    proof = json.loads((folder / "prove.json").read_text(encoding="utf-8"))
+    assert list(proof["parts"]) == list(PARTS) and proof["model"]["is_miniature"]
+    verdicts = Counter(claim["verdict"] for part in proof["parts"].values() for claim in part["claims"])
+    assert set(verdicts) == {"holds", "reported"} and f"claims: {verdicts['holds']} hold, 0 fail" in printed
+    for part, measured in proof["parts"].items():
+        assert any(claim["verdict"] == "holds" for claim in measured["claims"]), part
+    written = (folder / "prove.json").read_text() + (folder / "prove.html").read_text()
+    assert str(installed.home) not in written and str(ROOT) not in written and "/site-packages" not in written
+    assert written.count("data:image/png;base64,") == 4
+    with_lora = next(claim for claim in proof["parts"]["pictures"]["claims"] if "with the LoRA" in claim["promise"])
+    change = re.search(r"changes it by ([0-9.]+) of 255", with_lora["note"])
+    assert change is not None and float(change[1]) > 2  # or a LoRA that is not attached would draw the same
+    left = {path.name for path in (folder / "work").iterdir()}
+    assert left == {"lora.safetensors"} | {f"{a}-{b}.png" for a in ("with", "without") for b in ("ours", "diffusers")}
+    before = (folder / "prove.html").stat().st_mtime_ns
+    installed.zimage_train("prove", "-o", "proof")  # nothing is left to measure
+    assert (folder / "prove.html").stat().st_mtime_ns == before

@@ -49,6 +49,7 @@ PARTS: dict[str, ClaimsFn] = {
     "drift": drift_claims,
 }
 """Part -> the function that yields its claims, in the order in which they are measured."""
+PROJECTS = {"comfyui": loaders.COMFYUI, "aitoolkit": loaders.AI_TOOLKIT}
 LOADERS = {"comfyui": loaders.comfyui_claims, "aitoolkit": loaders.aitoolkit_claims}
 """Part -> the same for another project's own code, given its folder and the LoRA of a run."""
 
@@ -63,8 +64,13 @@ def prove(config: Config | None, is_quick: bool, folder: Path, projects: dict[st
 
     Returns:
         Whether every claim that was tried holds.
+
+    Raises:
+        ZImageTrainError: the model is not complete, or a folder is not what it should be.
     """
     console = Console(is_main=True)
+    for part, path in projects.items():
+        loaders.require_project(PROJECTS[part], path)
     atomic.require_writable_folder(folder, "--output")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -2,7 +2,7 @@
 
 Arguments: the folder of AI Toolkit, a LoRA file, and a folder. That holds `request.json`, with the config of the
 transformer and the rank of the LoRA, and `directions.safetensors`, with columns (in, n) for each number of inputs.
-Written there are `outcome.json` and `changes.safetensors`: the change of each module of its network, times the columns.
+Written there is `outcome.safetensors`: the change of each module of its network, times the columns.
 """
 
 import json
@@ -33,7 +33,7 @@ def main(folder: str, lora: str, place: str) -> None:
         from toolkit import config_modules, lora_special  # pyright: ignore[reportMissingImports]
         from version import VERSION  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        write_outcome(place, missing=str(error))
+        write_outcome(place, {}, missing=str(error))
         return
     request = json.loads(Path(place, "request.json").read_bytes())
     with torch.device("meta"):
@@ -47,8 +47,7 @@ def main(folder: str, lora: str, place: str) -> None:
     if len(unread) == len(left_out):
         raise SystemExit("AI Toolkit does not report the keys that it leaves out")
     directions = load_file(Path(place, "directions.safetensors"))
-    save_file(changes(network, transformer, directions), Path(place, "changes.safetensors"))
-    write_outcome(place, version=VERSION, unread=unread)
+    write_outcome(place, changes(network, transformer, directions), version=VERSION, unread=unread)
     if any(name.split(".")[0] == "zimage_train" for name in sys.modules):
         raise SystemExit("zimage_train was imported")
 
@@ -91,8 +90,8 @@ def changes(network: Any, transformer: nn.Module, directions: dict[str, Tensor])
     return found
 
 
-def write_outcome(place: str, **outcome: Any) -> None:
-    Path(place, "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+def write_outcome(place: str, tensors: dict[str, Tensor], **outcome: Any) -> None:
+    save_file(tensors, Path(place, "outcome.safetensors"), {"outcome": json.dumps(outcome)})
 
 
 if __name__ == "__main__":

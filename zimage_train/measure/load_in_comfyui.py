@@ -2,7 +2,7 @@
 
 Arguments: the folder of ComfyUI, a LoRA file, and a folder. That holds `request.json`, with the shapes of the model's
 weights under ComfyUI's names, and `directions.safetensors`, with columns (in, n) for each number of inputs. Written
-there are `outcome.json` and `changes.safetensors`: the change of each weight that is patched, times the columns.
+there is `outcome.safetensors`: the change of each weight that is patched, times the columns.
 """
 
 import json
@@ -55,19 +55,18 @@ def main(folder: str, lora: str, place: str) -> None:
         import comfy.model_patcher  # pyright: ignore[reportMissingImports]
         import comfyui_version  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        write_outcome(place, missing=str(error))
+        write_outcome(place, {}, missing=str(error))
         return
     version = comfyui_version.__version__
     shapes = json.loads(Path(place, "request.json").read_bytes())["weights"]
     try:
         model = hollow_model(comfy, shapes)
     except RefusedError as error:
-        write_outcome(place, version=version, refused=str(error))
+        write_outcome(place, {}, version=version, refused=str(error))
         return
     patcher, unread = load_lora(comfy, model, lora)
     directions = load_file(Path(place, "directions.safetensors"))
-    save_file(changes(comfy, patcher, directions), Path(place, "changes.safetensors"))
-    write_outcome(place, version=version, unread=unread)
+    write_outcome(place, changes(comfy, patcher, directions), version=version, unread=unread)
     if any(name.split(".")[0] == "zimage_train" for name in sys.modules):
         raise SystemExit("zimage_train was imported")
 
@@ -122,8 +121,8 @@ def changes(comfy: Any, patcher: Any, directions: dict[str, Tensor]) -> dict[str
     return found
 
 
-def write_outcome(place: str, **outcome: Any) -> None:
-    Path(place, "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+def write_outcome(place: str, tensors: dict[str, Tensor], **outcome: Any) -> None:
+    save_file(tensors, Path(place, "outcome.safetensors"), {"outcome": json.dumps(outcome)})
 
 
 if __name__ == "__main__":

@@ -100,13 +100,13 @@ def _claims(project: Project, folder: Path, lora: Path, shape: TransformerShape)
         place = Path(name)
         tensorfile.save(place / "directions.safetensors", directions, {})
         atomic.write_json(place / "request.json", _request(shape, stored))
-        outcome = _run(project, folder, lora, place)
+        outcome, changed = _run(project, folder, lora, place)
         program = f"{project.name} {outcome['version']}"
         if "refused" in outcome:
             for promise in (reads, changes):
                 yield not_tried(promise, f"{program} {outcome['refused']}")
             return
-        found = _split_fused(tensorfile.load(place / "changes.safetensors")[0])
+        found = _split_fused(changed)
     unread = outcome["unread"]
     note = f"{program}, {len(read_header(lora).tensors)} keys{project.remark}"
     note += f"; such as {unread[0]}" if unread else ""
@@ -132,8 +132,8 @@ def _directions(shape: TransformerShape) -> dict[str, Tensor]:
     return {str(n): torch.randn(n, NUM_DIRECTIONS, dtype=torch.float64, generator=draw) for n in numbers}
 
 
-def _run(project: Project, folder: Path, lora: Path, place: Path) -> dict[str, Any]:
-    """Return what the program of `project` writes about its outcome.
+def _run(project: Project, folder: Path, lora: Path, place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the outcome of the program of `project`, and the changes by its names.
 
     Raises:
         ZImageTrainError: the project cannot be imported, or its loader fails.
@@ -148,12 +148,13 @@ def _run(project: Project, folder: Path, lora: Path, place: Path) -> dict[str, A
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         hint = "update it, if it is older than Z-Image; otherwise report this line and its version"
         raise ZImageTrainError(Problem(project.option, f"its loader failed: {lines[-1]}", hint, "command-failed"))
-    outcome = json.loads((place / "outcome.json").read_bytes())
+    changed, metadata = tensorfile.load(place / "outcome.safetensors")
+    outcome = json.loads(metadata["outcome"])
     if "missing" in outcome:
         message = f"{project.name} cannot be imported ({outcome['missing']})"
         hint = "install what its requirements.txt names beside this package"
         raise ZImageTrainError(Problem(project.option, message, hint, "missing-package"))
-    return outcome
+    return outcome, changed
 
 
 def _split_fused(changes: dict[str, Tensor]) -> dict[str, Tensor]:

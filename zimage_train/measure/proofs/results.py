@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zimage_train.commands import sample
-from zimage_train.commands.sample import SamplingOptions
+from zimage_train.config.variants import VARIANTS
+from zimage_train.dataset.encoding import prompt_encoder
 from zimage_train.diffusion.drift import DriftMeter
-from zimage_train.diffusion.prompts import PromptSpec
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io import atomic
 from zimage_train.lora import headers, lora_file, verify
 from zimage_train.lora.deltas import Deltas, relative_error
 from zimage_train.measure import stock_pipeline
+from zimage_train.measure.budgets import BudgetCase
 from zimage_train.measure.proofs.claims import Claim, not_tried
 from zimage_train.measure.proofs.processes import command_of, run
 from zimage_train.measure.proofs.runs import train, trained_lora
 from zimage_train.measure.proofs.subject import Subject
-from zimage_train.report.console import Console
 
 READ_ALIKE = 1e-6
 """Relative error of a change that is read from a file twice: what fp32 leaves of a product."""
@@ -96,7 +97,7 @@ def draw_pair(subject: Subject, folder: Path, name: str, lora: Path | None) -> t
     command += ["--width", size[0], "--height", size[1], "--steps", steps, "--guidance", "0"]
     command += ["--variant", variant, "--dtype", subject.dtype, *(["--lora", str(lora)] if lora else [])]
     run(command)
-    next(place.glob("*.png")).replace(ours)
+    atomic.move(next(place.glob("*.png")), ours)
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[subject.dtype]
     device = subject.device.type
     if device == "cuda" and subject.device_bytes < PIPELINE_BYTES:
@@ -132,11 +133,22 @@ def drift_claims(subject: Subject) -> Iterator[Claim]:
 
 def own_drift(subject: Subject) -> float:
     """Return the deviation of Turbo without a LoRA from its own steps."""
-    size = subject.side
-    options = SamplingOptions(negative=None, seed=SEED, width=size, height=size, steps=STEPS, guidance=0.0)
-    requests = sample.requests_for(options, subject.config.model, [PromptSpec(PROMPT)])
-    loaded = sample.load_model(subject.config.model, subject.paths, subject.shape, {}, requests, Console(is_main=False))
-    return DriftMeter(requests, loaded.embeds).measure(loaded.frozen.model, lambda done, total: None)
+    request = SamplingRequest(
+        prompt=PROMPT,
+        negative="",
+        seed=SEED,
+        width=subject.side,
+        height=subject.side,
+        steps=STEPS,
+        guidance=0.0,
+        shift=VARIANTS["turbo"].shift,
+    )
+    dtype, device = subject.dtype, subject.device
+    embeds = dict(prompt_encoder(subject.paths.extras, device, dtype)([PROMPT], lambda done, total: None))
+    # A forward takes less than the step that is planned here.
+    plan = BudgetCase(subject.shape, dtype, subject.side, None, subject.device_bytes, 1).plan(device)
+    frozen = load_frozen(subject.paths.transformer, None, dtype, device, None, plan.placement.streamed)
+    return DriftMeter([request], embeds).measure(frozen.model, lambda done, total: None)
 
 
 def measured_drift(lora: Path) -> float:

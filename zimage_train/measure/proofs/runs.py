@@ -75,7 +75,7 @@ def train(
     for section, settings in changes.items():
         values[section] = {**values[section], **settings}
     path = folder / "config.yaml"
-    path.write_text(strict_yaml.dump(values), encoding="utf-8")
+    atomic.write_text(path, strict_yaml.dump(values))
     command = [*command_of("train"), str(path)]
     if kill_after is None:
         run(command)
