@@ -4,6 +4,7 @@ Arguments: model folder, LoRA file or nothing, prompt, negative, seed, width, he
 (float32), device (cpu; streamed: a GPU with less memory than the pipeline takes).
 """
 
+import os
 import sys
 from typing import Any
 
@@ -20,7 +21,7 @@ def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: st
     pipe: Any = ZImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     if lora:
-        folder, _, name = lora.rpartition("/")
+        folder, name = os.path.split(lora)
         pipe.load_lora_weights(folder, weight_name=name)
     if device == "streamed":
         pipe.enable_sequential_cpu_offload()

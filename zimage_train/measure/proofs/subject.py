@@ -13,7 +13,7 @@ from zimage_train.errors import ConfigError
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.components import ModelPaths
-from zimage_train.models.locate import DownloadFn, NotDownloadedError, cached_only, locate, transformer_tensors
+from zimage_train.models.locate import NotDownloadedError, cached_only, locate, transformer_tensors
 from zimage_train.planning import devices
 
 PROMPTS = (
@@ -89,8 +89,8 @@ class Subject:
         return f", the first {shape.n_layers} of {self.shape.n_layers} blocks, {reason}"
 
 
-def choose_model(config: Config | None, is_quick: bool, work: Path, fetch: DownloadFn = cached_only) -> Subject:
-    """Return the model of `config`; without one, Turbo where it is downloaded, and the miniature otherwise.
+def choose_model(config: Config | None, is_quick: bool, work: Path) -> Subject:
+    """Return the model of `config`, or without one Turbo, and where that is not downloaded, the miniature.
 
     Raises:
         ZImageTrainError: the model of the config is not complete, or this machine cannot run it.
@@ -98,11 +98,11 @@ def choose_model(config: Config | None, is_quick: bool, work: Path, fetch: Downl
     if config is None:
         config = _config({"variant": "turbo"})
         try:
-            locate(config.model, fetch)
+            locate(config.model, cached_only)
         except NotDownloadedError:
             config = _config({"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    paths = locate(config.model, fetch)
+    paths = locate(config.model)
     shape, _ = transformer_tensors(paths.transformer)
     devices.require_device(device, shape, config.model.dtype)
     is_miniature = Path(paths.transformer).resolve().is_relative_to(mini.HERE.resolve())
