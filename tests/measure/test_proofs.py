@@ -411,3 +411,9 @@ class TestDrift:
         )
         found = verdicts(results.drift_claims(replace(subject, config=config)))
         assert set(found.values()) == {"not tried"}
+
+
+def test_bytes_that_differ(tmp_path: Path):
+    for name, content in (("a", b"abcd"), ("b", b"abXd"), ("c", b"abX")):
+        (tmp_path / name).write_bytes(content)
+    assert [runs.different_bytes(tmp_path / "a", tmp_path / name) for name in "abc"] == [0, 1, 2]
