@@ -366,6 +366,14 @@ class TestPictures:
             f"a picture {other} the LoRA is that of ZImagePipeline": "holds",
         }
 
+    @pytest.mark.slow
+    def test_without_scheduler(self, subject: Subject, tmp_path: Path):
+        """A run downloads no scheduler, and the pipeline draws the same without its folder."""
+        folder = shutil.copytree(mini.TURBO, tmp_path / "turbo", ignore=shutil.ignore_patterns("scheduler"))
+        subject.work.mkdir()
+        ours, theirs = results.draw_pair(subject, folder, "without", None)
+        assert abs(results.pixels(ours) - results.pixels(theirs)).max() <= 1
+
     def test_single_files(self, subject: Subject):
         paths = replace(subject.paths, transformer=mini.ADAPTER_V1)
         found = verdicts(results.picture_claims(replace(subject, paths=paths)))

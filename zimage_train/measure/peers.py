@@ -7,13 +7,14 @@ importable beside this one. Nothing is recomputed.
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ def load_peer(folder: Path, shape: TransformerShape, dtype: torch.dtype, device:
 
 def diffusers_and_peft(shape: TransformerShape, dtype: torch.dtype, device: torch.device) -> Peer:
     """Return what the usual training script has: diffusers' model with peft's LoRA in the model's precision."""
-    model = ZImageTransformer2DModel(**shape.config())
+    with init_empty_weights():
+        model = ZImageTransformer2DModel(**shape.config())
     _load(model, shape, dtype, device)
     return Peer("diffusers + peft", model, _by_list(model), _inject(model, shape))
 
@@ -146,13 +148,19 @@ def _by_list(model: nn.Module) -> Predict:
     return predict
 
 
-@torch.no_grad()
 def _load(model: nn.Module, shape: TransformerShape, dtype: torch.dtype, device: torch.device) -> None:
-    nn.Module.to(model, device, dtype)
-    model.requires_grad_(False)
-    for name, tensor in random_tensors(shape, device):
-        model.get_parameter(name).copy_(tensor)
+    set_weights(model, random_tensors(shape, device), dtype, device)
+    nn.Module.to(model, device)  # the buffers
     model.train()
+
+
+def set_weights(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put frozen parameters in place of those of `model`, which may have no memory yet."""
+    for name, tensor in tensors:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 
 
 def _inject(model: nn.Module, shape: TransformerShape) -> list[nn.Parameter]:

@@ -1,28 +1,31 @@
 """Draw an image with diffusers alone; run as a program, so that nothing of zimage_train is in the process.
 
 Arguments: model folder, LoRA file or nothing, prompt, negative, seed, width, height, steps, guidance, output PNG, dtype
-(float32), device (cpu; streamed: a GPU with less memory than the pipeline takes).
+(float32), device (cpu; streamed: a GPU with less memory than the pipeline takes), shift of the noise levels (3.0) where
+the folder has no scheduler.
 """
 
-import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
 TURBO = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
 
 
 def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: str) -> None:
     width, height, steps, guidance, output = int(rest[0]), int(rest[1]), int(rest[2]), float(rest[3]), rest[4]
-    dtype, device = rest[5:] or ("float32", "cpu")
+    dtype, device, shift = rest[5:] or ("float32", "cpu", "3.0")
     torch.set_num_threads(1)
-    pipe: Any = ZImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), local_files_only=True)
+    parts: dict[str, Any] = {}
+    if not Path(model, "scheduler").is_dir():  # a run does not download it
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=float(shift))
+    pipe: Any = ZImagePipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype), local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     if lora:
-        folder, name = os.path.split(lora)
-        pipe.load_lora_weights(folder, weight_name=name)
+        pipe.load_lora_weights(str(Path(lora).parent), weight_name=Path(lora).name)
     if device == "streamed":
         pipe.enable_sequential_cpu_offload()
     else:

@@ -103,7 +103,7 @@ def draw_pair(subject: Subject, folder: Path, name: str, lora: Path | None) -> t
     if device == "cuda" and subject.device_bytes < PIPELINE_BYTES:
         device = "streamed"
     stock = [sys.executable, "-P", stock_pipeline.__file__, str(folder), str(lora or ""), PROMPT, "", str(SEED), *size]
-    run([*stock, steps, "0.0", str(theirs), dtype, device])
+    run([*stock, steps, "0.0", str(theirs), dtype, device, str(VARIANTS[variant].shift)])
     return ours, theirs
 
 

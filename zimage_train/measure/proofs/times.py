@@ -45,6 +45,8 @@ class Timed:
 
 def time_claims(subject: Subject) -> Iterator[Claim]:
     """Yield claims on the seconds of a step at each size; they are recorded for later forecasts on this machine."""
+    if subject.device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # as a run does
     timed = [time_size(subject, side) for side in subject.sides]
     yield from forecast_claims(subject, timed)
     for side in subject.sides:
