@@ -82,8 +82,11 @@ def test_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cha
     content = json.loads((tmp_path / "prove.json").read_text())
     content[changed] = {"other": 1}
     (tmp_path / "prove.json").write_text(json.dumps(content))
+    lora = tmp_path / "work" / "lora.safetensors"
+    lora.parent.mkdir(exist_ok=True)
+    lora.touch()
     prove(None, True, tmp_path, {})
-    assert parts.measured == ["one", "one"]
+    assert parts.measured == ["one", "one"] and not lora.exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"parts": {"one": 3}}', '{"parts": []}'])

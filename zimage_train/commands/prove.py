@@ -82,6 +82,8 @@ def prove(config: Config | None, is_quick: bool, folder: Path, projects: dict[st
     facts = facts_of(subject)
     parts = [*PARTS, *projects]
     found = _measured_before(folder / "prove.json", facts, parts)
+    if not found:
+        atomic.remove_folder(subject.work)  # a LoRA in it would be that of other versions or another model
     if len(found) < len(parts):
         missing = durations.expected_seconds(subject, [part for part in parts if part not in found])
         console.info(f"about {max(round(missing / 60), 1)} min{durations.source(subject)}; the same command continues")

@@ -170,7 +170,6 @@ def compare_steps(
             Measurement(f"first losses apart, {case.name}", apart, "of the loss"),
         ]
         found += [Measurement(f"our peak, {name}, {case.name}", value, "GB") for name, value in times.peaks.items()]
-        gc.collect()  # the model of the next case is to have the memory of this one
     return found
 
 
@@ -183,6 +182,7 @@ def time_steps(
     pairs: int = PAIRS,
 ) -> StepTimes:
     """Time our steps by `plan`, in turns with those of another trainer if there is one."""
+    gc.collect()  # the models of an earlier case leave their memory to these
     tensor_type = torch.bfloat16 if plan.workload.dtype == "bf16" else torch.float32
     batches = []
     for number, (width, height) in enumerate(case.sizes):

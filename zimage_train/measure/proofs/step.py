@@ -163,6 +163,8 @@ def peft_step(
     for name, parameter in trained.items():
         assert parameter.grad is not None
         gradients[name] = parameter.grad.cpu()
+    del model, output
+    gc.collect()
     return ReferenceStep(float(loss.detach()), residual.detach().cpu(), gradients)
 
 
