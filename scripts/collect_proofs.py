@@ -16,7 +16,7 @@ from typing import Any
 
 from zimage_train.io.json_text import parse_json
 from zimage_train.measure.proofs import weights
-from zimage_train.measure.proofs.claims import Claim
+from zimage_train.measure.proofs.proof import Proof
 
 ROOT = Path(__file__).parent.parent
 PROOFS, PAGE = ROOT / "docs" / "bench" / "proofs", ROOT / "docs" / "memory.md"
@@ -32,7 +32,7 @@ class ProofError(Exception):
     """A proof cannot be taken; the message says why."""
 
 
-def read_proof(path: Path) -> dict[str, Any]:
+def read_proof(path: Path) -> Proof:
     """Return a proof that can be kept.
 
     Raises:
@@ -41,28 +41,19 @@ def read_proof(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MOST_BYTES:
         raise ProofError(f"has more than {MOST_BYTES:,} bytes")
     try:
-        proof = parse_json(path.read_bytes())
-        card, memory_gb = proof["machine"]["card"], proof["machine"]["memory_gb"]
-        is_miniature, version = proof["model"]["is_miniature"], proof["versions"]["zimage-train"]
-        rows = [row for part in proof["parts"].values() for row in part["claims"]]
-        claims = [_claim(row) for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ProofError(f"is no prove.json of a GPU ({type(error).__name__}: {error})") from error
-    if not (isinstance(card, str) and isinstance(version, str) and isinstance(memory_gb, int | float)):
-        raise ProofError("its card, memory or version is not what it should be")
-    for row, claim in zip(rows, claims, strict=True):
-        verdict = claim.verdict(is_miniature)
-        if verdict != row["verdict"] and row["verdict"] != "not tried":
-            raise ProofError(f"says {row['verdict']!r} where the numbers say {verdict!r}: {row['promise']}")
-    found = [text for text in _texts(proof) if PATH.search(text)]
+        proof = Proof.model_validate(parse_json(path.read_bytes()))
+    except ValueError as error:
+        raise ProofError(f"is no prove.json ({error})") from error
+    if proof.machine.card is None or proof.machine.memory_gb is None:
+        raise ProofError("was measured without a GPU")
+    for row in proof.claims:
+        verdict = row.claim.verdict(proof.model.is_miniature)
+        if verdict != row.verdict:
+            raise ProofError(f"says {row.verdict!r} where the numbers say {verdict!r}: {row.promise}")
+    found = [text for text in _texts(proof.as_json()) if PATH.search(text)]
     if found:
         raise ProofError(f"holds a text that could be a path or a name: {found[0]!r}")
     return proof
-
-
-def _claim(row: dict[str, Any]) -> Claim:
-    fields = {name: value for name, value in row.items() if name != "verdict"}
-    return Claim(**({"value": None} | fields))
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -78,14 +69,14 @@ def _texts(value: Any) -> Iterable[str]:
             yield from _texts(content)
 
 
-def name_of(proof: dict[str, Any]) -> str:
+def name_of(proof: Proof) -> str:
     """Return the name of the file that a proof is kept in: the newest of a card, a version and a form."""
-    form = "quick" if proof["quick"] else "whole"
-    words = f"{proof['machine']['card']} {proof['versions']['zimage-train']} {proof['model']['variant']} {form}"
+    form = "quick" if proof.quick else "whole"
+    words = f"{proof.machine.card} {proof.versions['zimage-train']} {proof.model.variant} {form}"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
 
 
-def table(proofs: list[dict[str, Any]]) -> str:
+def table(proofs: list[Proof]) -> str:
     """Return a row for each proof: seconds a step, and how far predictions were off."""
     if not proofs:
         return NONE_YET
@@ -94,26 +85,24 @@ def table(proofs: list[dict[str, Any]]) -> str:
         *("to the forecast", "to diffusers + peft", "peak to prediction", "hold, fail"),
     )
     rows = [head, ("---",) * len(head)]
-    for proof in sorted(proofs, key=lambda proof: (proof["machine"]["card"], proof["versions"]["zimage-train"])):
+    for proof in sorted(proofs, key=name_of):
         rows.append(_row(proof))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(proof: dict[str, Any]) -> tuple[str, ...]:
-    claims = [claim for part in proof["parts"].values() for claim in part["claims"]]
-    facts = [claim.get("facts", {}) for claim in claims]
+def _row(proof: Proof) -> tuple[str, ...]:
+    facts = [claim.facts for claim in proof.claims]
     seconds = {fact["side"]: fact["seconds"] for fact in facts if "seconds" in fact}
     forecast = [fact["seconds"] / fact["predicted_seconds"] for fact in facts if "predicted_seconds" in fact]
     reference = [fact["to_reference"] for fact in facts if "to_reference" in fact]
     peaks = [fact["allocated_gb"] / fact["predicted_gb"] for fact in facts if "allocated_gb" in fact]
-    verdicts = [claim["verdict"] for claim in claims]
     return (
-        f"{proof['machine']['card']}, {proof['machine']['memory_gb']:.0f} GB ({proof['versions']['zimage-train']})",
+        f"{proof.machine.card}, {proof.machine.memory_gb:.0f} GB ({proof.versions['zimage-train']})",
         *(f"{seconds[side]:.2f} s" if side in seconds else "" for side in (512, 768, 1024)),
         _range(forecast),
         _range(reference),
         _range(peaks),
-        f"{verdicts.count('holds')}, {verdicts.count('fails')}",
+        f"{proof.verdicts.count('holds')}, {proof.verdicts.count('fails')}",
     )
 
 
@@ -124,15 +113,14 @@ def _range(ratios: list[float]) -> str:
     return f"{least:.2f}" if f"{least:.2f}" == f"{most:.2f}" else f"{least:.2f} to {most:.2f}"
 
 
-def digests(proofs: dict[str, dict[str, Any]]) -> dict[str, str]:
+def digests(proofs: dict[str, Proof]) -> dict[str, str]:
     """Return the digests of published files in `proofs`, each with the file, and the proof that reported it first."""
     found: dict[str, str] = {}
     for name, proof in sorted(proofs.items()):
-        for claim in proof["parts"].get("weights", {"claims": []})["claims"]:
-            facts = claim.get("facts", {})
-            if facts.get("is_published"):
-                text = f"{facts['file']} of {proof['model']['variant']}, as docs/bench/proofs/{name} has it"
-                found.setdefault(facts["sha256"], text)
+        for claim in proof.claims:
+            if claim.facts.get("is_published"):
+                text = f"{claim.facts['file']} of {proof.model.variant}, as docs/bench/proofs/{name} has it"
+                found.setdefault(claim.facts["sha256"], text)
     return found
 
 
@@ -156,7 +144,7 @@ def main(arguments: list[str]) -> int:
             refused += 1
             continue
         PROOFS.mkdir(parents=True, exist_ok=True)
-        (PROOFS / name_of(proof)).write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
+        (PROOFS / name_of(proof)).write_text(json.dumps(proof.as_json(), indent=1) + "\n", encoding="utf-8")
         print(f"{path}: kept as {name_of(proof)}")
     kept = {path.name: read_proof(path) for path in sorted(PROOFS.glob("*.json"))}
     PAGE.write_text(written_page(PAGE.read_text(encoding="utf-8"), table(list(kept.values()))), encoding="utf-8")

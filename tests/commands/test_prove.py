@@ -18,6 +18,15 @@ from zimage_train.measure.proofs.subject import Subject, choose_model
 from zimage_train.models.arch import TransformerShape
 
 HOLDS, FAILS = Claim("a", 1, "units", 1, "fp64", "ten of them"), Claim("b", 2, "units", 1, "fp64")
+HELD = {
+    "promise": "a",
+    "verdict": "holds",
+    "value": 1,
+    "unit": "units",
+    "bound": 1,
+    "bound_from": "fp64",
+    "note": "ten of them",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -70,17 +79,25 @@ def test_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     parts.parts["two"] = [HOLDS]
     assert prove(None, True, tmp_path, {})
     assert parts.measured == ["one", "two", "three"]
-    assert claims_in(tmp_path)["one"] == [HOLDS.as_json(True)]
+    assert claims_in(tmp_path)["one"] == [HELD]
     assert "claims: 3 hold, 0 fail" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changed", ["machine", "versions", "model", "quick"])
-def test_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str):
+@pytest.mark.parametrize(
+    ("changed", "value"),
+    [
+        ("machine", {"card": "another"}),
+        ("versions", {"torch": "1.0"}),
+        ("model", {"variant": "base", "is_miniature": True, "parameters": 3, "dtype": "fp32"}),
+        ("quick", False),
+    ],
+)
+def test_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, value: object):
     """Results of another machine, of other versions or of another model are not those of this one."""
     parts = Parts(monkeypatch, one=[HOLDS])
     prove(None, True, tmp_path, {})
     content = json.loads((tmp_path / "prove.json").read_text())
-    content[changed] = {"other": 1}
+    content[changed] = value
     (tmp_path / "prove.json").write_text(json.dumps(content))
     lora = tmp_path / "work" / "lora.safetensors"
     lora.parent.mkdir(exist_ok=True)
@@ -89,21 +106,37 @@ def test_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cha
     assert parts.measured == ["one", "one"] and not lora.exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"parts": {"one": 3}}', '{"parts": []}'])
-def test_damaged_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (r"\{.*", ""),
+        (r"\{.*", "[]"),
+        ('"seconds": [0-9.]+', '"seconds": "x"'),
+        ('"value": 1', '"value": NaN'),
+        ('"claims": .*', '"claims": []}}}'),
+        ('"one"', '"one", "two"'),
+    ],
+)
+def test_damaged_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str):
     Parts(monkeypatch, one=[HOLDS])
-    (tmp_path / "prove.json").write_text(content)
-    assert prove(None, True, tmp_path, {}) and claims_in(tmp_path) == {"one": [HOLDS.as_json(True)]}
+    prove(None, True, tmp_path, {})
+    path = tmp_path / "prove.json"
+    damaged = re.sub(old, new, path.read_text(), count=1, flags=re.DOTALL)
+    assert damaged != path.read_text()
+    path.write_text(damaged)
+    assert prove(None, True, tmp_path, {}) and claims_in(tmp_path) == {"one": [HELD]}
 
 
 def test_a_claim_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """A failure ends nothing, and the command does not succeed, also if nothing is left to measure."""
+    """A failure ends nothing, and the command does not succeed until the part succeeds, which is measured again."""
     parts = Parts(monkeypatch, one=[HOLDS, FAILS], two=[not_tried("c", "no card")])
-    assert not prove(None, True, tmp_path, {}) and parts.measured == ["one", "two"]
     assert not prove(None, True, tmp_path, {}) and parts.measured == ["one", "two"]
     assert "claims: 1 hold, 1 fail" in capsys.readouterr().out
     page = (tmp_path / "prove.html").read_text()
     assert '<td class="fails">fails</td>' in page and "not tried" in page and "1 claims hold,\n1 fails." in page
+    parts.parts["one"] = [HOLDS]
+    assert prove(None, True, tmp_path, {}) and parts.measured == ["one", "two", "one"]
+    assert "none fails" in (tmp_path / "prove.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from zimage_train.measure.budgets import BudgetCase
 from zimage_train.measure.proofs import encoders, plans, results, runs, step, times, weights
 from zimage_train.measure.proofs.claims import Claim
 from zimage_train.measure.proofs.plans import Budget
+from zimage_train.measure.proofs.proof import ClaimRow
 from zimage_train.measure.proofs.subject import Subject, choose_model
 from zimage_train.measure.speed import StepTimes
 from zimage_train.models import locate, vae
@@ -58,13 +59,9 @@ def test_verdicts():
         assert replace(within, value=value).verdict(True) == "fails"
     assert replace(within, bound=None).verdict(True) == "reported"
     assert replace(within, is_tried=False).verdict(True) == "not tried"
-    assert replace(within, value=math.inf, note="x").as_json(True) == {
-        "promise": "a",
-        "bound": 1.0,
-        "bound_from": "fp64",
-        "note": "inf was measured; x",
-        "verdict": "fails",
-    }
+    row = ClaimRow.of(replace(within, value=math.inf, note="x"), True)
+    assert (row.value, row.note, row.verdict) == (None, "inf was measured; x", "fails")
+    assert row.claim.verdict(True) == "fails" and ClaimRow.of(within, True).claim == within
 
 
 class TestWeights:

@@ -93,10 +93,11 @@ def changed(proof: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("parts.time.claims.0.note", "C:\\Users\\someone", "could be a path"),
         ("versions.torch", "built in ~/torch", "could be a path"),
         ("model.variant", "someone@example.org", "could be a path or a name"),
-        ("machine", {"processor": "x86_64"}, "no prove.json of a GPU"),
-        ("machine.card", 3, "is not what it should be"),
-        ("parts", [], "no prove.json of a GPU"),
-        ("parts.time.claims.0.more", 1, "no prove.json of a GPU"),
+        ("machine", {"processor": "x86_64"}, "without a GPU"),
+        ("machine.card", 3, "is no prove.json"),
+        ("parts.time.seconds", 1e400, "is no prove.json"),
+        ("parts", [], "is no prove.json"),
+        ("parts.time.claims.0.more", 1, "is no prove.json"),
     ],
 )
 def test_refused(

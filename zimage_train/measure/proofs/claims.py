@@ -1,7 +1,6 @@
 """Claims that are measured, their bounds, and what follows from both."""
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 BoundSource = Literal["equality", "fp64", "own rounding", "reference", "forecast", "miniature"]
@@ -39,14 +38,6 @@ class Claim:
         if self.bound_from == "miniature" and not is_miniature:
             return "outside what the miniature showed"
         return "fails"
-
-    def as_json(self, is_miniature: bool) -> dict[str, Any]:
-        """Return the fields that are set, and the verdict. A value that is not finite has no form in JSON."""
-        fields = {name: value for name, value in asdict(self).items() if value not in (None, "", {})}
-        del fields["is_tried"]
-        if not math.isfinite(fields.get("value", 0.0)):
-            fields["note"] = f"{fields.pop('value')} was measured; {self.note}".removesuffix("; ")
-        return fields | {"verdict": self.verdict(is_miniature)}
 
 
 def not_tried(promise: str, why: str) -> Claim:
