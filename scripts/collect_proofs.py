@@ -47,6 +47,8 @@ def read_proof(path: Path) -> Proof:
     if proof.machine.card is None or proof.machine.memory_gb is None:
         raise ProofError("was measured without a GPU")
     for row in proof.claims:
+        if row.verdict == "not tried" and (row.value is not None or row.bound is not None):
+            raise ProofError(f"was not tried and has numbers: {row.promise}")
         verdict = row.claim.verdict(proof.model.is_miniature)
         if verdict != row.verdict:
             raise ProofError(f"says {row.verdict!r} where the numbers say {verdict!r}: {row.promise}")

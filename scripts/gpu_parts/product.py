@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -244,12 +245,15 @@ def run(words: list[str], log: Path, timeout: float = COMMAND_SECONDS) -> tuple[
     with log.open("a") as told:
         told.write(f"$ zimage-train {' '.join(words)}\n")
         told.flush()
+        command = [sys.executable, "-m", "zimage_train", *words]
+        process = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            command = [sys.executable, "-m", "zimage_train", *words]
-            code = subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, timeout=timeout, check=False)
+            code = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return 124, round(time.monotonic() - began, 1)
-    return code.returncode, round(time.monotonic() - began, 1)
+            os.killpg(process.pid, signal.SIGKILL)  # the processes that it started too, whose memory the next one needs
+            process.wait()
+            code = 124
+    return code, round(time.monotonic() - began, 1)
 
 
 FACTS = (*("plan", "rehearsal", "adapter", "lora", "quantized", "fused_blocks", "captured_steps"),)

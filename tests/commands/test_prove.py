@@ -1,5 +1,7 @@
 """`prove` as a command: what is written and when, what is measured again, and what ends with 1."""
 
+import base64
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from zimage_train.commands import prove as command
 from zimage_train.commands.prove import prove
@@ -207,3 +211,23 @@ def test_page_holds_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     page = (tmp_path / "prove.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "://" not in page
     assert "ten of them" in page and 'href="#one"' in page
+
+
+def test_pictures_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The page has the pixels of the pictures, and not the metadata that ours have of model and LoRA."""
+
+    def drawn(subject: Subject) -> Iterator[Claim]:
+        for name in ("with-ours", "with-diffusers"):
+            metadata = PngInfo()
+            metadata.add_text("parameters", "drawn by the-model-of-a-client")
+            subject.work.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2), (1, 2, 3)).save(subject.work / f"{name}.png", pnginfo=metadata)
+        yield HOLDS
+
+    monkeypatch.setattr(command, "PARTS", {"pictures": drawn})
+    prove(None, True, tmp_path, {})
+    found = re.findall('data:image/png;base64,([^"]+)', (tmp_path / "prove.html").read_text())
+    assert len(found) == 2
+    for encoded in found:
+        content = base64.b64decode(encoded)
+        assert b"client" not in content and Image.open(io.BytesIO(content)).getpixel((0, 0)) == (1, 2, 3)

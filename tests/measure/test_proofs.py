@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from zimage_train import mini
+from zimage_train.errors import Problem, ZImageTrainError
 from zimage_train.lora import training_adapter, verify
 from zimage_train.measure import budgets
 from zimage_train.measure.budgets import BudgetCase
 from zimage_train.measure.proofs import encoders, plans, results, runs, step, times, weights
-from zimage_train.measure.proofs.claims import Claim
+from zimage_train.measure.proofs.claims import Claim, largest
 from zimage_train.measure.proofs.plans import Budget
 from zimage_train.measure.proofs.proof import ClaimRow
 from zimage_train.measure.proofs.subject import Subject, choose_model
@@ -59,9 +60,21 @@ def test_verdicts():
         assert replace(within, value=value).verdict(True) == "fails"
     assert replace(within, bound=None).verdict(True) == "reported"
     assert replace(within, is_tried=False).verdict(True) == "not tried"
+    for bound in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="the bound of 'a' is"):
+            replace(within, bound=bound)
     row = ClaimRow.of(replace(within, value=math.inf, note="x"), True)
     assert (row.value, row.note, row.verdict) == (None, "inf was measured; x", "fails")
     assert row.claim.verdict(True) == "fails" and ClaimRow.of(within, True).claim == within
+
+
+def test_largest():
+    """A NaN is not smaller than any value, wherever it stands."""
+    assert largest([0.1, 0.3, 0.2]) == 0.3
+    for position in range(3):
+        values = [0.1, 0.2, 0.3]
+        values[position] = math.nan
+        assert math.isnan(largest(values))
 
 
 class TestWeights:
@@ -99,6 +112,16 @@ class TestWeights:
             return None if delta is None else 1.0001 * delta
 
         monkeypatch.setattr(training_adapter.TrainingAdapter, "delta_of", stronger)
+        assert verdicts(weights.adapter_claims(subject))[self.MERGE] == "fails"
+
+    def test_merge_of_nothing_finite(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
+        merge = training_adapter.merge_adapter
+
+        def broken(*given: Any) -> Iterator[tuple[str, Tensor]]:
+            for number, (name, tensor) in enumerate(merge(*given)):
+                yield name, tensor * math.nan if number == 7 else tensor
+
+        monkeypatch.setattr(training_adapter, "merge_adapter", broken)
         assert verdicts(weights.adapter_claims(subject))[self.MERGE] == "fails"
 
     def test_known_digest_is_named(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
@@ -223,6 +246,7 @@ class TestMemory:
         """A step that was to fit and does not fails; one that was predicted not to fit keeps its word."""
         monkeypatch.setattr(budgets, "run_budget", lambda case, device: {"ran": False})
         case = BudgetCase(subject.shape, "fp32", 64, None, 1e9, 2)
+        subject.work.mkdir()
         (claim,) = plans.plan_claims(subject, case, Budget("1 GB", 1e9))
         assert claim.verdict(False) == "fails"
         (claim,) = plans.plan_claims(subject, replace(case, budget_bytes=1e6), Budget("1 MB", 1e6))
@@ -236,11 +260,40 @@ class TestMemory:
 
     def test_budgets_of_cards(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
         """The whole card, and the usual sizes that are smaller."""
-        on_card = replace(subject, device=torch.device("cuda"), is_quick=False)
+        on_card = replace(subject, device=torch.device("cuda"), is_quick=False, is_miniature=False)
         monkeypatch.setattr(Subject, "device_bytes", property(lambda self: 16.6e9))
         labels = [budget.label for budget in plans.budgets_of(on_card, 512)]
         assert labels == ["this card", "16 GB", "12 GB", "8 GB"]
         assert len(plans.budgets_of(replace(on_card, is_quick=True), 512)) == 1
+        assert len(plans.budgets_of(replace(on_card, is_miniature=True), 512)) == 1
+
+    def test_interrupted(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
+        """Cases that were measured are kept; one that failed is a claim that fails, and is measured again."""
+        ran: list[int] = []
+
+        def run(case: BudgetCase, device: torch.device) -> dict[str, Any]:
+            ran.append(case.side)
+            if len(ran) == 2:
+                raise ZImageTrainError(Problem("budgets", "failed", "", "command-failed"))
+            return {"ran": True, "allocated_gb": 1e-3}
+
+        monkeypatch.setattr(budgets, "run_budget", run)
+        cases = [BudgetCase(subject.shape, "fp32", side, None, 1e9, 2) for side in (64, 128)]
+        for number in range(2):
+            claims = []
+            for case in cases:
+                claims += plans.plan_claims(subject, case, Budget("1 GB", 1e9))
+            assert [claim.verdict(True) for claim in claims] == [("holds"), ("fails", "holds")[number]]
+        assert ran == [64, 128, 128]
+
+    def test_miniature_on_a_card(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
+        """Fixed costs are most of its memory, so that nothing is promised."""
+        on_card = replace(subject, device=torch.device("cuda"))
+        found = {"ran": True, "reserved_gb": 0.1, "allocated_gb": 0.1}
+        monkeypatch.setattr(plans, "run_apart", lambda case: found)
+        case = BudgetCase(subject.shape, "fp32", 64, None, 24e9, 2)
+        fits, peak = plans.plan_claims(on_card, case, Budget("24 GB", 24e9))
+        assert fits.verdict(True) == "holds" and peak.verdict(True) == "reported"
 
 
 class TestTime:

@@ -93,6 +93,7 @@ def changed(proof: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("parts.time.claims.0.note", "C:\\Users\\someone", "could be a path"),
         ("versions.torch", "built in ~/torch", "could be a path"),
         ("model.variant", "someone@example.org", "could be a path or a name"),
+        ("parts.time.claims.1.verdict", "not tried", "was not tried and has numbers"),
         ("machine", {"processor": "x86_64"}, "without a GPU"),
         ("machine.card", 3, "is no prove.json"),
         ("parts.time.seconds", 1e400, "is no prove.json"),

@@ -1,6 +1,7 @@
 """The `prove` command: measure on this machine what the project promises, and write a page that can be sent."""
 
 import base64
+import io
 import multiprocessing
 import os
 import sys
@@ -10,8 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 from zimage_train import __version__
 from zimage_train.config.schema import Config
@@ -190,7 +193,15 @@ def _pictures(subject: Subject) -> list[dict[str, str]]:
         for who in ("ours", "diffusers"):
             path = subject.work / f"{name}-{who}.png"
             if path.exists():
-                pair[who] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+                pair[who] = _embedded(path)
         if len(pair) == 3:
             found.append(pair)
     return found
+
+
+def _embedded(path: Path) -> str:
+    """Return a picture as an address: its pixels alone, as the metadata of ours name the model's folder."""
+    content = io.BytesIO()
+    with Image.open(path) as image:
+        Image.fromarray(np.asarray(image.convert("RGB"))).save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,5 +1,7 @@
 """Claims that are measured, their bounds, and what follows from both."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +29,15 @@ class Claim:
     facts: dict[str, Any] = field(default_factory=dict)
     """Numbers behind the value, by name, for programs that put proofs together."""
 
+    def __post_init__(self) -> None:
+        """Refuse a bound that is not finite, with which anything would hold, or nothing.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.bound is not None and not math.isfinite(self.bound):
+            raise ValueError(f"the bound of {self.promise!r} is {self.bound}")
+
     def verdict(self, is_miniature: bool) -> Verdict:
         """Return what the value says; a bound of the miniature alone refutes nothing about another model."""
         if not self.is_tried:
@@ -43,3 +54,9 @@ class Claim:
 def not_tried(promise: str, why: str) -> Claim:
     """Return a claim that could not be measured here."""
     return Claim(promise, None, note=why, is_tried=False)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest value, or NaN if one is; `max` would leave that out."""
+    listed = list(values)
+    return math.nan if any(map(math.isnan, listed)) else max(listed)

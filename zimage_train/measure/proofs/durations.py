@@ -42,7 +42,7 @@ def expected_seconds(subject: Subject, parts: Iterable[str]) -> float:
     blocks = QUICK_BLOCKS if subject.is_quick else subject.shape.n_layers
     operations = flops.step_flops(subject.shape, Bucket(subject.side, subject.side), "none")
     seconds = {
-        "weights": READ_SECONDS,
+        "weights": 2 * READ_SECONDS,
         "text": start + 4 * TEXT_ENCODER_PARAMETERS * PROMPT_TOKENS / HOST_FLOPS,  # in two precisions
         "latents": start,
         "step": 2 * start + KERNEL_SECONDS + operations * blocks / subject.shape.n_layers / HOST_FLOPS,

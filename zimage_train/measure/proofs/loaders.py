@@ -1,7 +1,6 @@
 """LoRA files, read by ComfyUI's and AI Toolkit's own code in processes of their own."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from zimage_train.lora import headers, lora_file
 from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.measure import load_in_aitoolkit, load_in_comfyui
 from zimage_train.measure.proofs.claims import Claim, not_tried
+from zimage_train.measure.proofs.processes import LONGEST_SECONDS, environment
 from zimage_train.models import native_keys
 from zimage_train.models.arch import TransformerShape
 
@@ -140,9 +140,15 @@ def _run(project: Project, folder: Path, lora: Path, place: Path) -> tuple[dict[
     """
     command = [sys.executable, "-P", project.program, *map(str, (folder.resolve(), lora.resolve(), place))]
     # No GPU is needed, and its memory may be in use; nothing is written into the folder of the project.
-    settings = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
+    settings = {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        command, cwd=place, env=os.environ | settings, capture_output=True, encoding="utf-8", errors="replace"
+        command,
+        cwd=place,
+        env=environment() | settings,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=LONGEST_SECONDS,
     )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

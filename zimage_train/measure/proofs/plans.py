@@ -1,5 +1,6 @@
 """The memory of a step by each plan that the device allows, predicted and measured."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -7,6 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zimage_train.config.types import Quantization
+from zimage_train.errors import ZImageTrainError
+from zimage_train.io import atomic
+from zimage_train.io.json_text import parse_json
 from zimage_train.measure import budgets
 from zimage_train.measure.budgets import BudgetCase
 from zimage_train.measure.proofs.claims import Claim
@@ -48,7 +52,7 @@ def budgets_of(subject: Subject, side: int) -> list[Budget]:
         whole = plan_without_limits(subject.shape, side, subject.dtype, gpu=False)
         return [Budget(f"{share:.0%}", share * whole.peak.total) for share in MINIATURE_SHARES]
     own = Budget("this card", subject.device_bytes)
-    if subject.is_quick:
+    if subject.is_quick or subject.is_miniature:
         return [own]
     return [own, *(Budget(f"{size} GB", size * 1e9) for size in BUDGETS_GB if size * 1e9 < own.num_bytes)]
 
@@ -57,7 +61,7 @@ def plan_claims(subject: Subject, case: BudgetCase, budget: Budget) -> Iterator[
     """Yield the claims on the plan of a case."""
     plan = case.plan(subject.device)
     name = f"{budget.label}, {case.side} px, {case.quantization or case.dtype}"
-    found = run_apart(case) if subject.device.type == "cuda" else budgets.run_budget(case, subject.device)
+    found = run_once(subject, case)
     fits, note = f"a step fits its budget ({name})", describe(plan)
     predicted_gb = predicted_bytes(plan) / 1e9
     measured = {key: value for key, value in found.items() if key in ("allocated_gb", "reserved_gb")}
@@ -69,6 +73,9 @@ def plan_claims(subject: Subject, case: BudgetCase, budget: Budget) -> Iterator[
         "predicted_gb": round(predicted_gb, 6),
         **measured,
     }
+    if "failure" in found:
+        yield Claim(fits, 1, "errors", 0, "forecast", found["failure"], facts=facts)
+        return
     if not found["ran"]:
         # A plan that says that nothing fits keeps its word.
         yield Claim(fits, float(plan.fits), "runs out of memory", 0, "forecast", note, facts=facts)
@@ -79,7 +86,23 @@ def plan_claims(subject: Subject, case: BudgetCase, budget: Budget) -> Iterator[
     ratio = found["allocated_gb"] / predicted_gb
     promise = f"the peak is at most what was predicted ({name})"
     note = f"{found['allocated_gb']:.3g} GB allocated, {predicted_gb:.3g} GB predicted; {note}"
-    yield Claim(promise, ratio, "times", PREDICTED_WITHIN, "forecast", note, facts=facts)
+    bound = PREDICTED_WITHIN if subject.is_forecast else None
+    yield Claim(promise, ratio, "times", bound, "forecast", note, facts=facts)
+
+
+def run_once(subject: Subject, case: BudgetCase) -> dict[str, Any]:
+    """Return the results of a case, or its `failure`; those that are there from an interrupted start are kept."""
+    name = hashlib.sha256(budgets.as_argument(case).encode()).hexdigest()[:16]
+    path = subject.work / "cases" / f"{name}.json"
+    if path.exists():
+        return parse_json(path.read_bytes())
+    try:
+        found = run_apart(case) if subject.device.type == "cuda" else budgets.run_budget(case, subject.device)
+    except ZImageTrainError as error:
+        return {"failure": error.problems[0].code}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(path, found)
+    return found
 
 
 def run_apart(case: BudgetCase) -> dict[str, Any]:

@@ -19,7 +19,7 @@ NAME = "proved"
 STEPS, KILLED_AFTER, SAVED_EVERY = 12, 7, 3
 MINIATURE_RATE, RATE = 3e-3, 1e-3
 """Learning rates with which a few steps change pictures."""
-RUNS = ("whole", "again", "killed", "adapter", "bare", "cache", "with", "without")
+RUNS = ("whole", "again", "killed", "adapter", "bare", "cache", "cases", "with", "without")
 """Folders that parts leave in the folder of work, which nothing needs once all of them are measured."""
 EQUAL = "two equal starts end with the same LoRA"
 CONTINUED = "a run that is killed and continued ends with the same LoRA"

@@ -21,7 +21,7 @@ from zimage_train.lora import targets
 from zimage_train.lora.adapters import attach_adapter
 from zimage_train.measure.models import RANK, build_model, random_batch, workload_of
 from zimage_train.measure.peers import set_weights
-from zimage_train.measure.proofs.claims import Claim, not_tried
+from zimage_train.measure.proofs.claims import Claim, largest, not_tried
 from zimage_train.measure.proofs.encoders import FINER, ROUNDING, relative
 from zimage_train.measure.proofs.subject import Subject
 from zimage_train.measure.speed import CAPTION_TOKENS, plan_without_limits, without_padding
@@ -183,6 +183,6 @@ def largest_distance(found: Gradients, exact: Gradients) -> float:
     """Return the largest relative distance of a matrix; infinite if names or sizes differ."""
     if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in exact.items()}:
         return math.inf
-    return max(
+    return largest(
         float((found[name].double() - value.double()).norm() / value.double().norm()) for name, value in exact.items()
     )

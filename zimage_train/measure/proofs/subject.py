@@ -64,6 +64,11 @@ class Subject:
         return sides[:1] if self.is_quick else sides
 
     @property
+    def is_forecast(self) -> bool:
+        """Whether memory and time are promised: not for the miniature on a GPU, where fixed costs are most of both."""
+        return not (self.is_miniature and self.device.type == "cuda")
+
+    @property
     def device_bytes(self) -> float:
         """Memory that a plan may use of the device."""
         return devices.device_limits(self.device).limit_bytes

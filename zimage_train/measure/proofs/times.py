@@ -91,7 +91,7 @@ def forecast_claims(subject: Subject, timed: list[Timed]) -> Iterator[Claim]:
         predicted = factor * one.predicted
         promise = f"a step at {one.side} px takes no longer than the forecast's interval"
         note = f"{one.seconds:.3g} s, {predicted:.3g} s forecast"
-        bound = ROOM[subject.is_miniature] * flops.TIME_INTERVAL[1]
+        bound = ROOM[subject.is_miniature] * flops.TIME_INTERVAL[1] if subject.is_forecast else None
         facts = {"side": one.side, "seconds": round(one.seconds, 5), "predicted_seconds": round(predicted, 5)}
         yield Claim(promise, one.seconds / predicted, "times", bound, "forecast", note, facts=facts)
 
@@ -114,4 +114,5 @@ def reference_claims(subject: Subject, side: int) -> Iterator[Claim]:
     times = time_steps(shape, plan, square(side, 1), subject.device, diffusers_and_peft, PAIRS)
     note = f"random weights in {subject.dtype}{subject.blocks_note(shape)}"
     facts = {"side": side, "to_reference": round(times.ratio, 4)}
-    yield Claim(promise, times.ratio, "times", ROOM[subject.is_miniature], "reference", note, facts=facts)
+    bound = ROOM[subject.is_miniature] if subject.is_forecast else None
+    yield Claim(promise, times.ratio, "times", bound, "reference", note, facts=facts)
