@@ -73,10 +73,10 @@ class Installed:
     def path(self, kind: str) -> Path:
         return Path(sysconfig.get_path(kind, "venv", {"base": str(self.venv)}))
 
-    def zimage_train(self, *words: str | Path) -> str:
+    def zimage_train(self, *words: str | Path, cwd: Path | None = None) -> str:
         """Run the program as somebody who has just installed it does, with empty caches; return what it prints."""
         program = self.path("scripts") / "zimage-train"
-        return run(program, *words, cwd=self.home, XDG_CACHE_HOME=str(self.home / "cache"))
+        return run(program, *words, cwd=cwd or self.home, XDG_CACHE_HOME=str(self.home / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +170,12 @@ def test_wheel_trains_and_samples(installed: Installed):
     assert list(installed.home.glob("samples/*.png"))
 
 
-def test_wheel_has_the_command_prove(installed: Installed):
-    """The proof is part of what is installed."""
-    printed = installed.zimage_train("prove", "--help")
-    assert "--quick" in printed and "prove.html" in printed
+def test_quickstart(installed: Installed, release: Release):
+    """The quickstart's config, which names images by their place in a checkout, trains with what is installed."""
+    options = [f"--set={change}" for change in ("train.steps=2", "sample.first=false", "output_dir=made")]
+    installed.zimage_train("train", "configs/quickstart.yaml", *options, cwd=release.tree)
+    made = release.tree / "made" / "quickstart"
+    assert len(list(made.glob("samples/000002-*.png"))) == 4 and (made / "lora" / "quickstart.safetensors").exists()
 
 
 def test_every_claim_holds(installed: Installed):

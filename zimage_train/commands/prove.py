@@ -1,6 +1,7 @@
 """The `prove` command: measure on this machine what the project promises, and write a page that can be sent."""
 
 import base64
+import hashlib
 import io
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from zimage_train import __version__
 from zimage_train.config.schema import Config
 from zimage_train.errors import ZImageTrainError
 from zimage_train.io import atomic
+from zimage_train.io.digests import DigestCache
 from zimage_train.io.json_text import parse_json
 from zimage_train.measure import records
 from zimage_train.measure.proofs import durations, loaders
@@ -36,6 +38,7 @@ from zimage_train.measure.proofs.weights import weight_claims
 from zimage_train.planning import memory
 from zimage_train.report import template
 from zimage_train.report.console import Console
+from zimage_train.training.context import digest_model
 
 ClaimsFn = Callable[[Subject], Iterator[Claim]]
 PARTS: dict[str, ClaimsFn] = {
@@ -113,6 +116,7 @@ def format_value(value: float) -> str:
 
 def begun_proof(subject: Subject) -> Proof:
     """Return a proof without claims: machine, versions and model, with which all results of a proof are measured."""
+    digests = digest_model(subject.paths, DigestCache(subject.digest_file))
     return Proof(
         machine=MachineRow(**records.machine(subject.device)),
         versions=records.versions() | {"zimage-train": __version__, "python": sys.version.split()[0]},
@@ -121,6 +125,7 @@ def begun_proof(subject: Subject) -> Proof:
             is_miniature=subject.is_miniature,
             parameters=memory.parameters_of(subject.shape),
             dtype=subject.dtype,
+            digest=hashlib.sha256(repr(digests).encode()).hexdigest(),
         ),
         quick=subject.is_quick,
     )

@@ -70,6 +70,8 @@ class ModelRow(_Row):
     is_miniature: bool
     parameters: int
     dtype: str
+    digest: str
+    """Of the files of all its parts."""
 
 
 class Proof(_Row):

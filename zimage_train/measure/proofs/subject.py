@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from zimage_train import mini
-from zimage_train.config.load import validate_config
+from zimage_train.config.load import cache_dir, validate_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
 from zimage_train.io.operating_system import main_memory_bytes
@@ -51,6 +51,11 @@ class Subject:
     @property
     def dtype(self) -> str:
         return self.config.model.dtype
+
+    @property
+    def digest_file(self) -> Path:
+        """File in which a run remembers digests."""
+        return cache_dir(self.config) / "digests.json"
 
     @property
     def side(self) -> int:

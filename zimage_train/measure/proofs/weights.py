@@ -58,7 +58,7 @@ def digest_claims(subject: Subject) -> Iterator[Claim]:
     parts = {"transformer": subject.paths.transformer, "text encoder": extras.text_encoder, "VAE": extras.vae}
     if subject.paths.adapter is not None:
         parts["training adapter"] = subject.paths.adapter
-    digests = DigestCache(None)
+    digests = DigestCache(subject.digest_file)
     for part, path in parts.items():
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         for number, file in enumerate(files, 1):
