@@ -4,6 +4,7 @@ Stand-ins have the modules and names that the programs use, and loaders of their
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from zimage_train.errors import ConfigError, ZImageTrainError
 from zimage_train.lora import lora_file
 from zimage_train.lora.deltas import Hadamard
 from zimage_train.measure.proofs.claims import Claim
-from zimage_train.measure.proofs.loaders import aitoolkit_claims, comfyui_claims
+from zimage_train.measure.proofs.loaders import aitoolkit_claims, comfyui_claims, python_of
 from zimage_train.models.arch import TransformerShape
 
 from lora_files import TINY, Q, random_lora, write
@@ -329,3 +330,16 @@ def test_other_adapters_are_not_tried(tmp_path: Path):
     lora_file.export_lora(path, {Q: Hadamard(pair, pair, 1.0)}, "fp32", {})
     found = list(comfyui_claims(stand_in(tmp_path / "folder", COMFYUI), path, TINY))
     assert [claim.note for claim in found] == ["only plain LoRAs are compared"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["venv/bin/python", ".venv/bin/python"])
+def test_environment_of_the_project(tmp_path: Path, lora: Path, place: str):
+    """A project that has an environment of its own is run by its interpreter."""
+    folder = stand_in(tmp_path / "project", COMFYUI)
+    python = folder / place
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ntouch "{tmp_path}/was used"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    assert numbers(comfyui_claims, folder, lora)[0] == 0
+    assert (tmp_path / "was used").exists() and python_of(tmp_path) == sys.executable

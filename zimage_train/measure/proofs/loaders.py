@@ -30,6 +30,17 @@ NUM_DIRECTIONS = 8
 chance of zero, and all changes together fill 24 GB."""
 
 
+INTERPRETERS = (
+    *("venv/bin/python", ".venv/bin/python", "venv/Scripts/python.exe", ".venv/Scripts/python.exe"),
+    "../python_embeded/python.exe",
+)
+"""Where checkouts have the interpreter of their own environment; the last is that of ComfyUI's portable version."""
+
+
+RUN_PROGRAM = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+"""Runs a program without its folder among those that modules are imported from, as `-P` does since Python 3.11."""
+
+
 @dataclass(frozen=True)
 class Project:
     """A project whose code loads LoRAs of Z-Image."""
@@ -138,7 +149,13 @@ def _run(project: Project, folder: Path, lora: Path, place: Path) -> tuple[dict[
     Raises:
         ZImageTrainError: the project cannot be imported, or its loader fails.
     """
-    command = [sys.executable, "-P", project.program, *map(str, (folder.resolve(), lora.resolve(), place))]
+    command = [
+        python_of(folder),
+        "-c",
+        RUN_PROGRAM,
+        project.program,
+        *map(str, (folder.resolve(), lora.resolve(), place)),
+    ]
     # No GPU is needed, and its memory may be in use; nothing is written into the folder of the project.
     settings = {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -158,9 +175,17 @@ def _run(project: Project, folder: Path, lora: Path, place: Path) -> tuple[dict[
     outcome = json.loads(metadata["outcome"])
     if "missing" in outcome:
         message = f"{project.name} cannot be imported ({outcome['missing']})"
-        hint = "install what its requirements.txt names beside this package"
+        hint = "install what its requirements.txt names, into an environment `venv` in its folder"
         raise ZImageTrainError(Problem(project.option, message, hint, "missing-package"))
     return outcome, changed
+
+
+def python_of(folder: Path) -> str:
+    """Return the interpreter of a checkout's own environment, which has what it requires, or else this one."""
+    for place in INTERPRETERS:
+        if (folder / place).is_file():
+            return str((folder / place).absolute())
+    return sys.executable
 
 
 def _split_fused(changes: dict[str, Tensor]) -> dict[str, Tensor]:
