@@ -103,11 +103,13 @@ def test_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sec
     content = json.loads((tmp_path / "prove.json").read_text())
     content[section] |= changed
     (tmp_path / "prove.json").write_text(json.dumps(content))
-    lora = tmp_path / "work" / "lora.safetensors"
+    lora = tmp_path / "prove-work" / "lora.safetensors"
     lora.parent.mkdir(exist_ok=True)
     lora.touch()
     prove(None, True, tmp_path, {})
     assert parts.measured == ["one", "one"] and not lora.exists()
+    assert json.loads((tmp_path / "prove.json.old").read_text()) == content  # an hour of a GPU may be in it
+    assert (tmp_path / "prove.html.old").exists()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,11 @@ def test_damaged_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: s
     damaged = re.sub(old, new, path.read_text(), count=1, flags=re.DOTALL)
     assert damaged != path.read_text()
     path.write_text(damaged)
+    own = tmp_path / "prove-work" / "thesis.txt"
+    own.parent.mkdir(exist_ok=True)
+    own.touch()
     assert prove(None, True, tmp_path, {}) and claims_in(tmp_path) == {"one": [HELD]}
+    assert own.exists() and (tmp_path / "prove.json.old").read_text() == damaged
 
 
 def test_a_claim_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -163,7 +169,7 @@ def test_error_in_a_part(
     assert "/home/someone/x" in capsys.readouterr().out
 
 
-def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A project's folder adds a part to results that are there, which gets the folder and the LoRA of a run."""
     parts = Parts(monkeypatch, one=[HOLDS])
     prove(None, True, tmp_path, {})
@@ -175,14 +181,20 @@ def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(command, "trained_lora", lambda subject: Path("lora"))
     monkeypatch.setitem(command.LOADERS, "comfyui", claims)
-    with pytest.raises(ConfigError, match="--comfyui: is not the source of ComfyUI"):
+    with pytest.raises(ConfigError, match=r"--comfyui: .*nowhere does not exist"):
         prove(None, True, tmp_path, {"comfyui": tmp_path / "nowhere"})
+    with pytest.raises(ConfigError, match="--comfyui: is not the source of ComfyUI"):
+        prove(None, True, tmp_path, {"comfyui": tmp_path})
     source = tmp_path / "there"
     (source / "comfy").mkdir(parents=True)
     (source / "comfy" / "lora.py").touch()
     assert not prove(None, True, tmp_path, {"comfyui": source})
     assert parts.measured == ["one"] and given == [(source, Path("lora"))]
     assert list(claims_in(tmp_path)) == ["one", "comfyui"]
+    capsys.readouterr()
+    assert not prove(None, True, tmp_path, {}) and len(given) == 1  # without its folder it is shown, and not measured
+    printed = capsys.readouterr().out
+    assert "comfyui (measured before)\n  fails     b: 2 units" in printed and "; the same command" not in printed
 
 
 @pytest.mark.slow
@@ -208,6 +220,8 @@ def test_page_holds_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The page is a file of its own: nothing is loaded from elsewhere."""
     Parts(monkeypatch, one=[HOLDS])
     prove(None, True, tmp_path, {})
+    (tmp_path / "prove.html").unlink()
+    prove(None, True, tmp_path, {})  # it is written again from what was measured
     page = (tmp_path / "prove.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "://" not in page
     assert "ten of them" in page and 'href="#one"' in page

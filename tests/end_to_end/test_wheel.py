@@ -194,7 +194,7 @@ def test_every_claim_holds(installed: Installed):
     with_lora = next(claim for claim in proof["parts"]["pictures"]["claims"] if "with the LoRA" in claim["promise"])
     change = re.search(r"changes it by ([0-9.]+) of 255", with_lora["note"])
     assert change is not None and float(change[1]) > 2  # or a LoRA that is not attached would draw the same
-    left = {path.name for path in (folder / "work").iterdir()}
+    left = {path.name for path in (folder / "prove-work").iterdir()}
     assert left == {"lora.safetensors"} | {f"{a}-{b}.png" for a in ("with", "without") for b in ("ours", "diffusers")}
     before = (folder / "prove.html").stat().st_mtime_ns
     installed.zimage_train("prove", "-o", "proof")  # nothing is left to measure

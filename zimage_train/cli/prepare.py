@@ -203,7 +203,7 @@ def prove(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CONFIG]",
+            metavar="CONFIG",
             help="Measure on the model of this config. Default: Turbo if it is downloaded, or else the miniature.",
             show_default=False,
         ),

@@ -30,7 +30,7 @@ from zimage_train.measure.proofs.encoders import latent_claims, text_claims
 from zimage_train.measure.proofs.plans import memory_claims
 from zimage_train.measure.proofs.proof import ClaimRow, MachineRow, ModelRow, PartRow, Proof
 from zimage_train.measure.proofs.results import PICTURES, drift_claims, export_claims, picture_claims
-from zimage_train.measure.proofs.runs import RUNS, exactness_claims, trained_lora
+from zimage_train.measure.proofs.runs import clear_runs, clear_work, exactness_claims, trained_lora
 from zimage_train.measure.proofs.step import step_claims
 from zimage_train.measure.proofs.subject import Subject, choose_model
 from zimage_train.measure.proofs.times import time_claims
@@ -79,30 +79,37 @@ def prove(config: Config | None, is_quick: bool, folder: Path, projects: dict[st
     atomic.require_writable_folder(folder, "--output")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    subject = choose_model(config, is_quick, folder / "work")
+    subject = choose_model(config, is_quick, folder / "prove-work")
     if subject.device.type == "cpu":
         # A model for the CPU is so small that threads wait for each other, and twenty times as long beside other work.
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
-    parts = [*PARTS, *projects]
-    proof = _measured_before(folder / "prove.json", begun_proof(subject))
-    missing = [part for part in parts if part not in proof.parts or proof.parts[part].has_failed]
+    name = "the miniature" if subject.is_miniature else subject.config.model.label
+    console.info(f"measuring {name} in {subject.dtype} on {subject.device.type}")
+    proof = _measured_before(folder, begun_proof(subject), console)
     if not proof.parts:
-        atomic.remove_folder(subject.work)  # a LoRA in it would be that of other versions or another model
+        clear_work(subject)  # a LoRA in it would be that of other versions or another model
+    asked = [*PARTS, *projects]
+    missing = [part for part in asked if part not in proof.parts or proof.parts[part].has_failed]
     if missing:
-        minutes = max(round(durations.expected_seconds(subject, missing) / 60), 1)
-        console.info(f"about {minutes} min{durations.source(subject)}; the same command continues")
+        seconds = durations.expected_seconds(subject, missing)
+        time_left = f"about {round(seconds / 60)} min" if seconds >= 60 else "under a minute"
+        console.info(f"{time_left}{durations.source(subject)}; the same command continues")
+    parts = [*PARTS, *(part for part in LOADERS if part in projects or part in proof.parts)]
     for number, part in enumerate(parts):
+        when = "measured before"
         if part in missing:
             console.progress("proving", number, len(parts), part)
             measured = _measure(part, subject, projects, console)
             proof = proof.model_copy(update={"parts": proof.parts | {part: measured}})
             _write(proof, folder, subject)
-        console.info(f"{part} ({proof.parts[part].seconds:.0f} s)")
+            when = f"{measured.seconds:.0f} s"
+        console.info(f"{part} ({when})")
         for claim in proof.parts[part].claims:
             console.info(f"  {_line(claim)}")
-    for run in RUNS:
-        atomic.remove_folder(subject.work / run)
+    clear_runs(subject)
+    if not (folder / "prove.html").exists():
+        _write(proof, folder, subject)
     console.info(f"{folder / 'prove.html'} and prove.json can be sent: they name no path, prompt or person of yours")
     verdicts = proof.verdicts
     console.info(f"claims: {verdicts.count('holds')} hold, {verdicts.count('fails')} fail")
@@ -131,13 +138,27 @@ def begun_proof(subject: Subject) -> Proof:
     )
 
 
-def _measured_before(path: Path, begun: Proof) -> Proof:
-    """Return the proof with the parts that an earlier start measured on the same machine, model and versions."""
+def _measured_before(folder: Path, begun: Proof, console: Console) -> Proof:
+    """Return the proof of an earlier start on the same machine, model and versions, or else `begun`.
+
+    A file that is anything else is kept under another name.
+    """
+    path = folder / "prove.json"
+    if not path.exists():
+        return begun
     try:
         proof = Proof.model_validate(parse_json(path.read_bytes()))
     except (OSError, ValueError):
-        return begun
-    return proof if proof.model_copy(update={"parts": {}}) == begun else begun
+        reason = "cannot be read as a proof"
+    else:
+        if proof.model_copy(update={"parts": {}}) == begun:
+            return proof
+        reason = "is of another machine, model, version or form"
+    kept = atomic.rename_as_backup(path, ".old")
+    if (folder / "prove.html").exists():
+        atomic.rename_as_backup(folder / "prove.html", ".old")
+    console.info(f"{path}: {reason}; kept as {kept.name}, with its page")
+    return begun
 
 
 def _measure(part: str, subject: Subject, projects: dict[str, Path], console: Console) -> PartRow:

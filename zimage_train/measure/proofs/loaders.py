@@ -72,6 +72,8 @@ def require_project(project: Project, folder: Path) -> None:
     Raises:
         ConfigError: it does not.
     """
+    if not folder.is_dir():
+        raise ConfigError(Problem(project.option, f"{folder} does not exist", "check the path", "missing-file"))
     if not (folder / project.marker).is_file():
         message = f"is not the source of {project.name}: it has no {project.marker}"
         raise ConfigError(Problem(project.option, message, "give the folder of its checkout", "missing-file"))

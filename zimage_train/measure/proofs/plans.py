@@ -50,7 +50,7 @@ def budgets_of(subject: Subject, side: int) -> list[Budget]:
     """Return the whole device, and the usual sizes of cards that are smaller."""
     if subject.device.type != "cuda":
         whole = plan_without_limits(subject.shape, side, subject.dtype, gpu=False)
-        return [Budget(f"{share:.0%}", share * whole.peak.total) for share in MINIATURE_SHARES]
+        return [Budget(f"{share:.0%} of a whole step's memory", share * whole.peak.total) for share in MINIATURE_SHARES]
     own = Budget("this card", subject.device_bytes)
     if subject.is_quick or subject.is_miniature:
         return [own]

@@ -46,6 +46,20 @@ def trained_lora(subject: Subject) -> Path:
     return path
 
 
+def clear_runs(subject: Subject) -> None:
+    """Remove the runs, with their caches and checkpoints."""
+    for name in RUNS:
+        atomic.remove_folder(subject.work / name)
+
+
+def clear_work(subject: Subject) -> None:
+    """Remove all that parts leave in the folder of work, and nothing else."""
+    clear_runs(subject)
+    for pattern in ("lora.safetensors", "*-ours.png", "*-diffusers.png"):
+        for path in subject.work.glob(pattern):
+            atomic.remove(path)
+
+
 def train(
     subject: Subject, name: str, changes: dict[str, Any], kill_after: int | None = None, continues: bool = False
 ) -> Path:

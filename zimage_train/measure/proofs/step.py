@@ -32,7 +32,8 @@ from zimage_train.planning.memory import WeightPlacement
 from zimage_train.training.batches import Batch
 from zimage_train.training.step_runner import StepRunner
 
-LOSS, GRADIENT = "the loss of a step is that of diffusers and peft", "so is the gradient of every LoRA matrix"
+LOSS = "the loss of a step is that of diffusers and peft"
+GRADIENT = "the gradient of every LoRA matrix is that of diffusers and peft"
 QUICK_BLOCKS = 6
 """Blocks that the quick form compares, since the finer reference may run on the processor."""
 Factors = dict[str, tuple[Tensor, Tensor]]

@@ -58,7 +58,8 @@ def time_claims(subject: Subject) -> Iterator[Claim]:
     for one in timed:
         share = one.times.tflops / ceiling
         note = f"{one.times.tflops:.3g} of {ceiling:.3g} TFLOP/s"
-        yield Claim(f"arithmetic of a step at {one.side} px", share, "of that of large products", note=note)
+        promise = f"arithmetic of a step at {one.side} px, as a share of what large matrix products reach"
+        yield Claim(promise, share, note=note)
 
 
 def time_size(subject: Subject, side: int) -> Timed:
@@ -84,7 +85,7 @@ def forecast_claims(subject: Subject, timed: list[Timed]) -> Iterator[Claim]:
     if card is None:
         first, *timed = timed
         factor = first.seconds / first.predicted
-        note = "this device is in no list: forecasts of larger steps follow from this one"
+        note = "not in the list of cards: forecasts of larger steps follow from this one"
         facts = {"side": first.side, "seconds": round(first.seconds, 5)}
         yield Claim(f"a step at {first.side} px", first.seconds, "s", note=note, facts=facts)
     for one in timed:

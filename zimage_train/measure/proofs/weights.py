@@ -64,7 +64,7 @@ def digest_claims(subject: Subject) -> Iterator[Claim]:
         for number, file in enumerate(files, 1):
             digest = digests.of_content(file)
             which = f", file {number} of {len(files)}" if len(files) > 1 else ""
-            known = KNOWN_DIGESTS.get(digest, "not seen before")
+            known = KNOWN_DIGESTS.get(digest, "of the miniature" if subject.is_miniature else "not reported before")
             facts = {"sha256": digest, "file": f"{part}{which}", "is_published": subject.config.model.path is None}
             yield Claim(f"sha256 of the {part}{which}", None, note=f"{digest}: {known}", facts=facts)
 
