@@ -331,14 +331,24 @@ class TestTime:
 
 
 class TestExactness:
-    def run(self, subject: Subject, monkeypatch: pytest.MonkeyPatch, changed: str, starts: list[int]) -> dict[str, str]:
-        """Return the verdicts where the run `changed` ends with another byte, and the killed one has `starts`."""
+    def run(
+        self, subject: Subject, monkeypatch: pytest.MonkeyPatch, changed: str, starts: list[int], late: int = 0
+    ) -> dict[str, str]:
+        """Return the verdicts where the run `changed` ends with another byte, and the killed one has `starts`.
+
+        `late` runs end before they are killed.
+        """
+        self.killed: list[bool] = []
 
         def train(subject: Subject, name: str, *rest: Any, **options: Any) -> Path:
             path = subject.work / name / "proved" / "lora" / "proved.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"12345" if name == changed else b"12346")
             (path.parent.parent / "run.json").write_text(f'{{"starts": {starts}}}')
+            kills = options.get("kill_after") is not None
+            self.killed.append(kills)
+            steps = 12 if kills and sum(self.killed) <= late else 7
+            (path.parent.parent / "metrics.jsonl").write_text("{}\n" * steps)
             return path
 
         monkeypatch.setattr(runs, "train", train)
@@ -359,7 +369,13 @@ class TestExactness:
     ):
         found = self.run(subject, monkeypatch, changed, starts)
         assert {promise for promise, verdict in found.items() if verdict == "fails"} == failed
-        assert set(found) == {runs.EQUAL, runs.CONTINUED}
+        assert set(found) == {runs.EQUAL, runs.CONTINUED} and sum(self.killed) == 1
+
+    @pytest.mark.parametrize(("late", "kills"), [(1, 2), (2, 3), (9, 3)])
+    def test_killed_too_late(self, subject: Subject, monkeypatch: pytest.MonkeyPatch, late: int, kills: int):
+        """A run that ends before it is killed is begun again, a few times."""
+        self.run(subject, monkeypatch, "none", [0, 6], late)
+        assert sum(self.killed) == kills
 
 
 class TestExport:
