@@ -208,7 +208,9 @@ def prove(
             show_default=False,
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One plan, at 512 px: ten minutes, not an hour.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One plan, at 512 px, meant to take ten minutes on a GPU.")
+    ] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where prove.html and prove.json go.")
     ] = Path("prove"),
