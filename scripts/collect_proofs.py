@@ -52,6 +52,10 @@ def read_proof(path: Path) -> Proof:
         verdict = row.claim.verdict(proof.model.is_miniature)
         if verdict != row.verdict:
             raise ProofError(f"says {row.verdict!r} where the numbers say {verdict!r}: {row.promise}")
+    try:
+        _row(proof), digests({name_of(proof): proof})
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ProofError(f"lacks facts or versions, or has others ({type(error).__name__}: {error})") from error
     found = [text for text in _texts(proof.as_json()) if PATH.search(text)]
     if found:
         raise ProofError(f"holds a text that could be a path or a name: {found[0]!r}")
