@@ -208,6 +208,9 @@ class TestStep:
         assert loss.verdict(True) == gradient.verdict(True) == "holds"
         assert loss.note == "64 px in fp32, the first 2 of 6 blocks, as all of them do not fit"
         assert gradient.note.startswith("28 matrices")
+        assert next(step.step_claims(subject)).note == loss.note  # the quick form compares more than that
+        monkeypatch.setattr(step, "QUICK_BLOCKS", 1)
+        assert next(step.step_claims(subject)).note.endswith(", the first 1 of 6 blocks, in the quick form")
         monkeypatch.setattr(Subject, "device_bytes", property(lambda self: 1.0))
         assert set(verdicts(step.step_claims(subject)).values()) == {"not tried"}
 
@@ -434,11 +437,14 @@ class TestPictures:
 
     @pytest.mark.slow
     def test_without_scheduler(self, subject: Subject, tmp_path: Path):
-        """A run downloads no scheduler, and the pipeline draws the same without its folder."""
+        """A run downloads no scheduler, and the pipeline draws the same without its folder, over earlier pictures."""
         folder = shutil.copytree(mini.TURBO, tmp_path / "turbo", ignore=shutil.ignore_patterns("scheduler"))
         subject.work.mkdir()
+        for name in ("without-ours.png", "without-diffusers.png"):
+            Image.new("RGB", (64, 64)).save(subject.work / name)
         ours, theirs = results.draw_pair(subject, folder, "without", None)
         assert abs(results.pixels(ours) - results.pixels(theirs)).max() <= 1
+        assert results.pixels(ours).any() and len(list(subject.work.glob("*.png"))) == 2
 
     def test_single_files(self, subject: Subject):
         paths = replace(subject.paths, transformer=mini.ADAPTER_V1)

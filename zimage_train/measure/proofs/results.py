@@ -91,6 +91,8 @@ def draw_pair(subject: Subject, folder: Path, name: str, lora: Path | None) -> t
     ours, theirs = (subject.work / f"{name}-{who}.png" for who in ("ours", "diffusers"))
     place, size = subject.work / name, [str(subject.side)] * 2
     atomic.remove_folder(place)
+    for earlier in (ours, theirs):
+        atomic.remove(earlier)  # of a part that is measured again
     command = [*command_of("sample"), str(folder), "--prompt", PROMPT, "--seed", str(SEED), "-o", str(place)]
     variant = subject.config.model.variant
     steps = str(STEPS if variant == "turbo" else OTHER_STEPS)

@@ -1,7 +1,6 @@
 """Short runs of `train` in processes of their own: equal bytes, whatever happens between."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def trained_lora(subject: Subject) -> Path:
     """Return the LoRA of a whole run, which is trained by the first part that needs it."""
     path = subject.work / "lora.safetensors"
     if not path.exists():
-        shutil.copyfile(train(subject, "whole", {}), path)
+        atomic.move(train(subject, "whole", {}), path)  # at once: an interruption leaves no half of it
     return path
 
 

@@ -66,7 +66,9 @@ def step_claims(subject: Subject) -> Iterator[Claim]:
     fits_device = exact_bytes(subject, shape) <= subject.device_bytes
     exact_device = subject.device if fits_device else torch.device("cpu")
     exact = peft_step(subject, shape, batch, factors, finer, exact_device)
-    note = f"{side} px in {subject.dtype}{subject.blocks_note(shape)}"
+    is_cut_short = subject.is_quick and shape.n_layers == QUICK_BLOCKS
+    blocks = subject.blocks_note(shape, "in the quick form") if is_cut_short else subject.blocks_note(shape)
+    note = f"{side} px in {subject.dtype}{blocks}"
     # The loss is |residual|^2, so a residual that is off by a share of it changes the loss by about twice that at the
     # most. The rounding of the reference's loss is no bound: it may be 0 by chance.
     residual_rounding = relative(rounded.residual, exact.residual)

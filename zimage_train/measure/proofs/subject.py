@@ -91,11 +91,10 @@ class Subject:
                 return shape
         return None
 
-    def blocks_note(self, shape: TransformerShape) -> str:
+    def blocks_note(self, shape: TransformerShape, reason: str = "as all of them do not fit") -> str:
         """Return what a note says of a comparison on `shape`: nothing where this is the whole model."""
         if shape.n_layers == self.shape.n_layers:
             return ""
-        reason = "in the quick form" if self.is_quick else "as all of them do not fit"
         return f", the first {shape.n_layers} of {self.shape.n_layers} blocks, {reason}"
 
 
