@@ -359,9 +359,11 @@ def _json(value: object) -> Any:
     return given(json.dumps(value).encode())
 
 
+PIXELS_MB = 200 + 4 * images.MAX_PIXELS // 1_000_000
+"""A small file may claim as many pixels as are accepted, and Pillow reserves 4 bytes for each before it decodes any."""
 IMAGES = [
-    FileReader("image", "a.png", _image, _pictures),
-    FileReader("preview", "000001-00.png", _preview, _previews),
+    FileReader("image", "a.png", _image, _pictures, megabytes=PIXELS_MB),
+    FileReader("preview", "000001-00.png", _preview, _previews, megabytes=PIXELS_MB),
     FileReader("request", "request.json", _with_text(preview_images.REQUEST_KEY), given(REQUEST.to_json().encode())),
     FileReader("parameters", "parameters.txt", _with_text("parameters"), given(A1111.encode())),
     FileReader("graph", "graph.json", _with_text("prompt"), _json(GRAPH)),
