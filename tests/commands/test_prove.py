@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from zimage_train.commands import prove as command
 from zimage_train.commands.prove import prove
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError
-from zimage_train.measure.proofs import durations
+from zimage_train.measure.proofs import durations, loaders
 from zimage_train.measure.proofs.claims import Claim, not_tried
+from zimage_train.measure.proofs.loaders import Project
 from zimage_train.measure.proofs.subject import Subject, choose_model
 from zimage_train.models.arch import TransformerShape
 
@@ -175,12 +176,12 @@ def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     prove(None, True, tmp_path, {})
     given: list[object] = []
 
-    def claims(folder: Path, lora: Path, shape: object) -> Iterator[Claim]:
-        given.append((folder, lora))
+    def claims(project: Project, folder: Path, lora: Path, shape: object) -> Iterator[Claim]:
+        given.append((project.name, folder, lora))
         yield FAILS
 
     monkeypatch.setattr(command, "trained_lora", lambda subject: Path("lora"))
-    monkeypatch.setitem(command.LOADERS, "comfyui", claims)
+    monkeypatch.setattr(loaders, "loader_claims", claims)
     with pytest.raises(ConfigError, match=r"--comfyui: .*nowhere does not exist"):
         prove(None, True, tmp_path, {"comfyui": tmp_path / "nowhere"})
     with pytest.raises(ConfigError, match="--comfyui: is not the source of ComfyUI"):
@@ -189,7 +190,7 @@ def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     (source / "comfy").mkdir(parents=True)
     (source / "comfy" / "lora.py").touch()
     assert not prove(None, True, tmp_path, {"comfyui": source})
-    assert parts.measured == ["one"] and given == [(source, Path("lora"))]
+    assert parts.measured == ["one"] and given == [("ComfyUI", source, Path("lora"))]
     assert list(claims_in(tmp_path)) == ["one", "comfyui"]
     capsys.readouterr()
     assert not prove(None, True, tmp_path, {}) and len(given) == 1  # without its folder it is shown, and not measured

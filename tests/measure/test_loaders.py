@@ -6,6 +6,7 @@ Stand-ins have the modules and names that the programs use, and loaders of their
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ import torch
 from zimage_train.errors import ConfigError, ZImageTrainError
 from zimage_train.lora import lora_file
 from zimage_train.lora.deltas import Hadamard
+from zimage_train.measure.proofs import loaders
 from zimage_train.measure.proofs.claims import Claim
-from zimage_train.measure.proofs.loaders import aitoolkit_claims, comfyui_claims, python_of
+from zimage_train.measure.proofs.loaders import loader_claims, python_of
 from zimage_train.models.arch import TransformerShape
 
 from lora_files import TINY, Q, random_lora, write
 
 Claims = Callable[[Path, Path, TransformerShape], Iterator[Claim]]
+comfyui_claims = partial(loader_claims, loaders.COMFYUI)
+aitoolkit_claims = partial(loader_claims, loaders.AI_TOOLKIT)
 NO_SUCH_MODULE = "import no_such_module\n"
 
 COMFYUI = {

@@ -270,14 +270,14 @@ class TestMemory:
         assert len(plans.budgets_of(replace(on_card, is_quick=True), 512)) == 1
         assert len(plans.budgets_of(replace(on_card, is_miniature=True), 512)) == 1
 
-    def test_interrupted(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
-        """Cases that were measured are kept; one that failed is a claim that fails, and is measured again."""
+    def test_interrupted(self, subject: Subject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        """Cases that were measured are kept; one that failed is said, a claim that fails, and is measured again."""
         ran: list[int] = []
 
         def run(case: BudgetCase, device: torch.device) -> dict[str, Any]:
             ran.append(case.side)
             if len(ran) == 2:
-                raise ZImageTrainError(Problem("budgets", "failed", "", "command-failed"))
+                raise ZImageTrainError(Problem("budgets", "no driver in /home/someone", "", "command-failed"))
             return {"ran": True, "allocated_gb": 1e-3}
 
         monkeypatch.setattr(budgets, "run_budget", run)
@@ -287,7 +287,8 @@ class TestMemory:
             for case in cases:
                 claims += plans.plan_claims(subject, case, Budget("1 GB", 1e9))
             assert [claim.verdict(True) for claim in claims] == [("holds"), ("fails", "holds")[number]]
-        assert ran == [64, 128, 128]
+            assert "/home/someone" not in str(claims)
+        assert ran == [64, 128, 128] and capsys.readouterr().out.count("no driver in /home/someone") == 1
 
     def test_miniature_on_a_card(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
         """Fixed costs are most of its memory, so that nothing is promised."""
@@ -373,6 +374,12 @@ class TestExactness:
         found = self.run(subject, monkeypatch, changed, starts)
         assert {promise for promise, verdict in found.items() if verdict == "fails"} == failed
         assert set(found) == {runs.EQUAL, runs.CONTINUED} and sum(self.killed) == 1
+
+    def test_an_earlier_lora_is_not_compared(self, subject: Subject, monkeypatch: pytest.MonkeyPatch):
+        """A run that is as it should be is not measured against an earlier one that was not."""
+        subject.work.mkdir(parents=True, exist_ok=True)
+        (subject.work / "lora.safetensors").write_bytes(b"other")
+        assert set(self.run(subject, monkeypatch, "none", [0, 6]).values()) == {"holds"}
 
     @pytest.mark.parametrize(("late", "kills"), [(1, 2), (2, 3), (9, 3)])
     def test_killed_too_late(self, subject: Subject, monkeypatch: pytest.MonkeyPatch, late: int, kills: int):

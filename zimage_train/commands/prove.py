@@ -55,8 +55,7 @@ PARTS: dict[str, ClaimsFn] = {
 }
 """Part -> the function that yields its claims, in the order in which they are measured."""
 PROJECTS = {"comfyui": loaders.COMFYUI, "aitoolkit": loaders.AI_TOOLKIT}
-LOADERS = {"comfyui": loaders.comfyui_claims, "aitoolkit": loaders.aitoolkit_claims}
-"""Part -> the same for another project's own code, given its folder and the LoRA of a run."""
+"""Part -> the project whose own code loads the LoRA of a run in it."""
 
 
 def prove(config: Config | None, is_quick: bool, folder: Path, projects: dict[str, Path]) -> bool:
@@ -95,7 +94,7 @@ def prove(config: Config | None, is_quick: bool, folder: Path, projects: dict[st
         seconds = durations.expected_seconds(subject, missing)
         time_left = f"about {round(seconds / 60)} min" if seconds >= 60 else "under a minute"
         console.info(f"{time_left}{durations.source(subject)}; the same command continues")
-    parts = [*PARTS, *(part for part in LOADERS if part in projects or part in proof.parts)]
+    parts = [*PARTS, *(part for part in PROJECTS if part in projects or part in proof.parts)]
     for number, part in enumerate(parts):
         when = "measured before"
         if part in missing:
@@ -192,7 +191,7 @@ def claims_of(part: str, subject: Subject, projects: dict[str, Path]) -> list[Cl
     """Return the claims of a part."""
     if part in PARTS:
         return list(PARTS[part](subject))
-    return list(LOADERS[part](projects[part], trained_lora(subject), subject.shape))
+    return list(loaders.loader_claims(PROJECTS[part], projects[part], trained_lora(subject), subject.shape))
 
 
 def _write(proof: Proof, folder: Path, subject: Subject) -> None:

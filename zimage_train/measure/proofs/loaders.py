@@ -79,25 +79,12 @@ def require_project(project: Project, folder: Path) -> None:
         raise ConfigError(Problem(project.option, message, "give the folder of its checkout", "missing-file"))
 
 
-def comfyui_claims(folder: Path, lora: Path, shape: TransformerShape) -> Iterator[Claim]:
-    """Yield claims on the LoRA file `lora`, as the ComfyUI in `folder` loads it into a model of `shape`.
+def loader_claims(project: Project, folder: Path, lora: Path, shape: TransformerShape) -> Iterator[Claim]:
+    """Yield claims on the LoRA file `lora`, as the code of `project` in `folder` loads it into a model of `shape`.
 
     Raises:
-        ZImageTrainError: no ComfyUI is there, or it cannot be imported, or its loader fails.
+        ZImageTrainError: the project is not there, or it cannot be imported, or its loader fails.
     """
-    yield from _claims(COMFYUI, folder, lora, shape)
-
-
-def aitoolkit_claims(folder: Path, lora: Path, shape: TransformerShape) -> Iterator[Claim]:
-    """Yield claims on the LoRA file `lora`, as the AI Toolkit in `folder` loads it into a model of `shape`.
-
-    Raises:
-        ZImageTrainError: no AI Toolkit is there, or it cannot be imported, or its loader fails.
-    """
-    yield from _claims(AI_TOOLKIT, folder, lora, shape)
-
-
-def _claims(project: Project, folder: Path, lora: Path, shape: TransformerShape) -> Iterator[Claim]:
     reads = f"{project.name}'s own loader reads every key of a LoRA"
     changes = f"{project.name}'s own loader gives every module the change that is stored"
     require_project(project, folder)

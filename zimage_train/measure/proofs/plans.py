@@ -20,6 +20,7 @@ from zimage_train.measure.speed import plan_without_limits
 from zimage_train.planning import memory
 from zimage_train.planning.memory import CONTEXT_BYTES
 from zimage_train.planning.planner import MemoryPlan
+from zimage_train.report.console import Console
 
 BUDGETS_GB = (24, 16, 12, 8)
 KINDS: tuple[Quantization | None, ...] = (None, "int8", "nf4")
@@ -99,6 +100,7 @@ def run_once(subject: Subject, case: BudgetCase) -> dict[str, Any]:
     try:
         found = run_apart(case) if subject.device.type == "cuda" else budgets.run_budget(case, subject.device)
     except ZImageTrainError as error:
+        Console(is_main=True).warning(str(error))  # the proof has its code alone, since messages name paths
         return {"failure": error.problems[0].code}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(path, found)

@@ -28,6 +28,7 @@ CONTINUED = "a run that is killed and continued ends with the same LoRA"
 
 def exactness_claims(subject: Subject) -> Iterator[Claim]:
     """Yield claims on a run that is begun twice, and on one that is killed."""
+    atomic.remove(_lora_path(subject))  # which an earlier measurement, that failed, may have trained wrongly
     whole, again = trained_lora(subject), train(subject, "again", {})
     yield Claim(EQUAL, different_bytes(whole, again), "bytes that differ", 0, "equality", f"{STEPS} steps")
     for _ in range(ATTEMPTS):
@@ -45,10 +46,14 @@ def exactness_claims(subject: Subject) -> Iterator[Claim]:
 
 def trained_lora(subject: Subject) -> Path:
     """Return the LoRA of a whole run, which is trained by the first part that needs it."""
-    path = subject.work / "lora.safetensors"
+    path = _lora_path(subject)
     if not path.exists():
         atomic.move(train(subject, "whole", {}), path)  # at once: an interruption leaves no half of it
     return path
+
+
+def _lora_path(subject: Subject) -> Path:
+    return subject.work / "lora.safetensors"
 
 
 def clear_runs(subject: Subject) -> None:
