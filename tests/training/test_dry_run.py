@@ -1,6 +1,7 @@
 """What happens before step 1, and what a run says of its prediction afterwards."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -270,19 +271,21 @@ def test_slow_step_is_logged(make_config, monkeypatch):
 
 
 def test_calibration_by_a_run(make_config, tmp_path):
-    """A run corrects what `check` predicts for this device."""
+    """A run tells `check` how long steps take on this device."""
     config = make_config(train={"steps": 12}, cache={"folder": str(tmp_path / "cache")})
     (tmp_path / "c.yaml").write_text(dump_config(config))
 
     def time() -> str:
-        output = CliRunner().invoke(app, ["check", str(tmp_path / "c.yaml")]).output
+        longer = ["check", str(tmp_path / "c.yaml"), "--set", "train.steps=100000"]
+        output = CliRunner().invoke(app, longer).output
         return next(line for line in output.splitlines() if line.startswith("time"))
 
     assert "not known for this device before a run on it" in time()
     run_training(config, fresh=False)
     (known,) = json.loads((tmp_path / "cache" / "measured.json").read_text())
     assert known["device"].startswith("cpu, ") and known["steps"] == 12 and known["memory_ratio"] is None
-    assert f"corrected by x{known['time_ratio']:.2f} from one run here" in time()
+    hours, minutes = re.search(r": (\d+) h (\d+) min \(predicted; from one run here\)", time()).groups()
+    assert 60 * int(hours) + int(minutes) == pytest.approx(100_000 * known["seconds"] / 60, rel=0.2)
 
 
 def test_calibration_cannot_be_written(make_config, tmp_path, capsys):
@@ -333,7 +336,9 @@ def test_calibration_is_the_median(tmp_path):
     found = calibration.calibration_factor(path, "4090")
     assert (found.runs, found.time, found.memory) == (3, pytest.approx(1.3), pytest.approx(1.05))
     assert found.spread == pytest.approx(0.7 / 1.3)
-    assert "corrected by x1.30 from 3 runs here, which differ by up to 54%, memory x1.05" in found.in_words()
+    runs = "from 3 runs here, which differ by up to 54%"
+    assert found.in_words(is_card_known=True) == f"corrected by x1.30 {runs}, memory x1.05"
+    assert found.in_words(is_card_known=False) == runs
     assert calibration.calibration_factor(path, "3090").memory is None
 
 

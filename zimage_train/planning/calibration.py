@@ -43,12 +43,19 @@ class CalibrationFactor:
     memory: float | None
     """None if no run measured its memory."""
 
-    def in_words(self) -> str:
-        """Return the text that follows a corrected figure."""
-        memory = f", memory x{self.memory:.2f}" if self.memory is not None else ""
+    def in_words(self, is_card_known: bool) -> str:
+        """Return the text that follows a corrected figure.
+
+        Args:
+            is_card_known: whether the prediction was made for the card itself. Otherwise it was made for a typical one,
+                and the factor tells nobody anything.
+        """
         runs = "one run here"
         if self.runs > 1:
             runs = f"{self.runs} runs here, which differ by up to {self.spread:.0%}"
+        if not is_card_known:
+            return f"from {runs}"
+        memory = f", memory x{self.memory:.2f}" if self.memory is not None else ""
         return f"corrected by x{self.time:.2f} from {runs}{memory}"
 
 

@@ -215,7 +215,9 @@ def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: fl
         return [Note("time-unknown", text)]
     # Measurements on an unlisted device are relative to the typical card, too; see `dry_run.compare_with_forecast`.
     times = run_times.predict_times(spec, plan, device.card or gpus.TYPICAL_GPU, _time_factor(factor))
-    source = f"predicted; {factor.in_words()}" if factor else "predicted"
+    source = "predicted"
+    if factor is not None:
+        source += f"; {factor.in_words(is_card_known=device.card is not None)}"
     steps = spec.config.train.steps
     text = f"time on {device.name}, for {steps} steps: {hours_and_cost(times.total, price)} ({source})"
     lines = [Note("time", text), *_stage_lines(spec, times)]
