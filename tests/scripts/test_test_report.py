@@ -51,7 +51,7 @@ def test_table_precedes_the_summary(tmp_path):
     )
     (tmp_path / "tests/test_quick.py").write_text("def test_quick(): pass\n")
     options = ["-q", "-n", "2", "-p", "scripts.test_report", "tests"]
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", "-p", "xdist", *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
