@@ -103,32 +103,33 @@ def test_ctrl_c_to_launcher_and_run(launch, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_killed_worker_ends_the_others(launch, make_config, tmp_path: Path):
+def test_killed_worker_ends_the_others(launch, make_config, tmp_path: Path, forking_python: str):
     """A killed worker ends the other soon, with a single line; the same command continues to the same LoRA."""
     root = tmp_path / "runs" / "tiny"
-    process = launch(TORCHRUN, 60)
+    launcher = [forking_python, *TORCHRUN[1:]]
+    process = launch(launcher, 60)
     until(lambda: len(steps_of(root)) >= 12)
-    os.kill(worker(process.pid, rank=1), signal.SIGKILL)
+    os.kill(worker(tmp_path / "tiny.yaml", rank=1), signal.SIGKILL)
     assert process.wait(300) != 0  # without the line below, the other process would wait for 12 hours
     output = (tmp_path / "tiny.out").read_text()
     assert "launch: another process has ended" in output and "the same command continues" in output
     assert not re.search(r'File ".*zimage_train', output)  # torchrun's own traceback is not ours to prevent
-    assert launch(TORCHRUN, 60).wait(300) == 0
+    assert launch(launcher, 60).wait(300) == 0
     # A sum of two gradients is the same whether two processes or two micro-batches make them.
     whole = make_config(name="whole", train={"steps": 60, "batch_size": 1, "grad_accumulation": 2}, save={"every": 10})
     run_training(whole, fresh=False)
     assert tensors(root / "lora" / "tiny.safetensors") == tensors(folder(whole) / "lora" / "whole.safetensors")
 
 
-def worker(launcher: int, rank: int) -> int:
-    """The process of this rank, by what its environment says."""
+def worker(config: Path, rank: int) -> int:
+    """The process of this rank that trains with `config`, by its environment and arguments."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (entry / "cmdline").read_bytes().split(b"\0")
             variables = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if parent == launcher and f"RANK={rank}".encode() in variables:
+        if str(config).encode() in words and f"RANK={rank}".encode() in variables:
             return int(entry.name)
     raise AssertionError("no such worker")
 

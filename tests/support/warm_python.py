@@ -1,10 +1,11 @@
 """A Python whose imports are done: what a test starts with it is forked from a process that holds torch already.
 
 `warm_python(folder)` starts that process and yields the path of a program that takes the arguments of `python`
-(`-m MODULE ...`, `-c CODE ...`, `SCRIPT ...`), its environment, folder and streams, passes signals on and ends as
-its fork ends; whoever kills it kills the fork. So a process costs a test no seconds of imports.
+(`-m MODULE ...`, `-c CODE ...`, `SCRIPT ...`), its environment, folder, streams and network, passes signals on and ends
+as its fork ends; whoever kills it kills the fork. So a process costs a test no seconds of imports.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -28,7 +29,8 @@ server.connect({address!r})
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, frame: server.send(bytes([number])))
 asked = dict(program=sys.argv[0], words=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd())
-socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2])
+network = os.open("/proc/self/ns/net", os.O_RDONLY)
+socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2, network])
 code = int(server.recv(16) or b"1")
 if code < 0:
     if -code != signal.SIGKILL:
@@ -79,7 +81,7 @@ def serve(address: str) -> dict[str, Any] | None:
         for key, _ in ready.select():
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                message, streams, *_ = socket.recv_fds(connection, MESSAGE_BYTES, 3)
+                message, streams, *_ = socket.recv_fds(connection, MESSAGE_BYTES, 4)
                 process = os.fork()
                 if process == 0:
                     for own in (listener, connection, ready, *connections.values()):
@@ -122,7 +124,11 @@ def end(descriptor: int, process: int, ready: selectors.BaseSelector, connection
 def run(asked: dict[str, Any], paths: list[str]) -> None:
     """Be the program that was asked for."""
     os.setsid()
-    for number, stream in enumerate(asked["streams"]):
+    *streams, network = asked["streams"]
+    if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino:
+        assert ctypes.CDLL(None).setns(network, 0) == 0  # os.setns is new in Python 3.12
+    os.close(network)
+    for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.environ.clear()
