@@ -125,7 +125,7 @@ def run(asked: dict[str, Any], paths: list[str]) -> None:
     """Be the program that was asked for."""
     os.setsid()
     *streams, network = asked["streams"]
-    if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino:
+    if os.fstat(network).st_ino != Path("/proc/self/ns/net").stat().st_ino:
         assert ctypes.CDLL(None).setns(network, 0) == 0  # os.setns is new in Python 3.12
     os.close(network)
     for number, stream in enumerate(streams):

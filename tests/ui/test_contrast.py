@@ -12,6 +12,8 @@ from page_server import PageServer, page_server
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 PAGES = ("/", "/run/done", "/new", "/images", "/try", "/loras")
+TRANSITION_MS = 500
+"""Colours and widths change within less."""
 CONTRASTS = """() => {
   const channel = value => { value /= 255; return value <= .04045 ? value / 12.92 : ((value + .055) / 1.055) ** 2.4; };
   const luminance = ([r, g, b]) => .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
@@ -69,20 +71,33 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
         yield started
 
 
-def opened(browser: Browser, address: str, **options: Any) -> Page:
-    page = browser.new_context(locale="en-US", **options).new_page()
+def opened(browser: Browser, address: str) -> Page:
+    page = browser.new_context(locale="en-US").new_page()
     page.goto(address)
     page.wait_for_timeout(1500)
     return page
 
 
+@pytest.fixture(scope="module", params=PAGES)
+def page(browser: Browser, server: PageServer, request: pytest.FixtureRequest) -> Iterator[Page]:
+    page = opened(browser, server.address + request.param)
+    yield page
+    page.context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("path", PAGES)
-def test_text_can_be_read(browser: Browser, server: PageServer, path: str, scheme: Any):
-    page = opened(browser, server.address + path, color_scheme=scheme)
+def test_text_can_be_read(page: Page, scheme: Any):
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_selector(f"body.body--{scheme}")
+    page.wait_for_timeout(TRANSITION_MS)
     assert page.evaluate(CONTRASTS) == []
     assert page.evaluate(UNNAMED) == []
-    page.context.close()
+
+
+def test_small_screens_fit(page: Page):
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(TRANSITION_MS)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_contrast_is_measured(browser: Browser, server: PageServer):
@@ -99,10 +114,3 @@ def test_odd_names_of_runs(server: PageServer, name: str, status: int):
     """An address of no run is a page that says so, and never an error of ours."""
     answer = httpx.get(f"{server.address}/run/{name}")
     assert answer.status_code == status and "Internal Server Error" not in answer.text
-
-
-@pytest.mark.parametrize("path", PAGES)
-def test_small_screens_fit(browser: Browser, server: PageServer, path: str):
-    page = opened(browser, server.address + path, viewport={"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.context.close()
