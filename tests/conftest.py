@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from jaxtyping import install_import_hook
 
-from typecheck import MODULES
+from typecheck import MODULES, LibrariesFirst
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 install_import_hook(MODULES, "typecheck.check")  # before anything of zimage_train is imported
+sys.meta_path.insert(0, LibrariesFirst())
 
 from zimage_train import mini
 from zimage_train.config.load import validate_config

@@ -1,5 +1,9 @@
 """How arguments are held against their annotations in tests: an int may stand for a float, as everywhere in Python."""
 
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
 from beartype import BeartypeConf, beartype
 
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -16,3 +20,21 @@ MODULES = [
     "zimage_train.training.batches",
     "zimage_train.training.loss",
 ]
+
+
+class LibrariesFirst(MetaPathFinder):
+    """Imports the libraries before the first of `MODULES`.
+
+    Jaxtyping keeps its bytecode under another name, and whatever a checked module imports too, so that thousands of
+    modules would be compiled once more.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname in MODULES:
+            sys.meta_path.remove(self)
+            import bitsandbytes
+            import diffusers.models.autoencoders.autoencoder_kl
+            import peft
+            import transformers.models.qwen3.modeling_qwen3
+
+            assert all((bitsandbytes, diffusers, peft, transformers))
