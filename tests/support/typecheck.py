@@ -32,9 +32,8 @@ class LibrariesFirst(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname in MODULES:
             sys.meta_path.remove(self)
-            import bitsandbytes
             import diffusers.models.autoencoders.autoencoder_kl
             import peft
             import transformers.models.qwen3.modeling_qwen3
 
-            assert all((bitsandbytes, diffusers, peft, transformers))
+            assert all((diffusers, peft, transformers))
