@@ -1,6 +1,5 @@
 """How arguments are held against their annotations in tests: an int may stand for a float, as everywhere in Python."""
 
-import sys
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -29,9 +28,12 @@ class LibrariesFirst(MetaPathFinder):
     modules would be compiled once more.
     """
 
+    def __init__(self) -> None:
+        self.are_imported = False
+
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
-        if fullname in MODULES:
-            sys.meta_path.remove(self)
+        if fullname in MODULES and not self.are_imported:
+            self.are_imported = True
             import diffusers.models.autoencoders.autoencoder_kl
             import peft
             import transformers.models.qwen3.modeling_qwen3
