@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -269,7 +268,7 @@ def fill_as(config: Config, share: Shard) -> tuple[CacheStats, CacheStats]:
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(config, tmp_path: Path):
+def test_two_processes_share_the_work(config, tmp_path: Path, forking_python: str):
     """Two processes under torchrun together encode every image and prompt once."""
     text = dump_config(config(train={"batch_size": 1}))
     (tmp_path / "c.yaml").write_text(text)
@@ -287,9 +286,9 @@ def test_two_processes_share_the_work(config, tmp_path: Path):
         "Path(sys.argv[2]).with_suffix(f'.{world.rank}').write_text(json.dumps([world.world_size, sum(counts)]))\n"
     )
     (tmp_path / "run.py").write_text(code)
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py"), str(tmp_path / "c.yaml")]
+    torchrun = [forking_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *command[1:], str(tmp_path / "counts")],
+        [*torchrun, *(str(tmp_path / name) for name in ("run.py", "c.yaml", "counts"))],
         capture_output=True,
         text=True,
         env=environment(),

@@ -3,7 +3,6 @@
 import json
 import shlex
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +67,11 @@ def test_sample_equals_the_stock_pipeline(finished: Config, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_printed_command_in_a_process(finished: Config, tmp_path: Path):
+def test_printed_command_in_a_process(finished: Config, tmp_path: Path, forking_python: str):
     """The printed command draws the same preview, bit for bit, in another process."""
     root = Path(finished.output_dir) / finished.name
     words = command_for(finished, root / "lora" / "tiny.safetensors").split(" sample ")[1]
-    command = [sys.executable, "-m", "zimage_train", "sample", *shlex.split(words), "--output", str(tmp_path)]
+    command = [forking_python, "-m", "zimage_train", "sample", *shlex.split(words), "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     drawn = [pixels(path) for path in tmp_path.glob("*.png")]
