@@ -1,6 +1,6 @@
 """Every reader of a file that a user or a stranger may give, with bytes made to break it.
 
-A result, or a declared error with a message, within a second and 200 MB; never a traceback. The cases are the same in
+A result, or a declared error with a message, within seconds and 200 MB; never a traceback. The cases are the same in
 every run; `FUZZ_CASES=20000 pytest tests/faults/test_fuzz_readers.py -k lora` draws as many at random.
 """
 

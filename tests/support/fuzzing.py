@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from zimage_train.errors import ZImageTrainError
 
 CORPUS = Path(__file__).parents[1] / "faults" / "corpus"
-SECONDS, HANG_SECONDS = 2.0, 20
-"""Processor time that a case may take, about a second on a usual machine, and after which it is ended."""
+SECONDS, HANG_SECONDS = 4.0, 20
+"""Processor time that a case may take on a slow machine that fills memory as well, and after which it is ended."""
 MEGABYTES = 200
 """Memory that a case may take beyond what the process had, unless its reader says otherwise."""
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
