@@ -12,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from typer.testing import CliRunner
 
+from zimage_train.cli.app import app
 from zimage_train.commands import prove as command
 from zimage_train.commands.prove import prove
+from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError
 from zimage_train.measure.proofs import durations, loaders
 from zimage_train.measure.proofs.claims import Claim, not_tried
@@ -168,6 +171,24 @@ def test_error_in_a_part(
     assert (claim["promise"], claim["verdict"], claim["note"]) == ("one can be measured", "fails", kind)
     assert "/home/someone" not in (tmp_path / "prove.json").read_text() + (tmp_path / "prove.html").read_text()
     assert "/home/someone/x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool):
+    """Each option reaches the measurement, and the exit code says whether all claims hold."""
+    config = tmp_path / "c.yaml"
+    config.write_text("name: mine\ndata: [{folder: pictures}]\n")
+    called: list[tuple[object, ...]] = []
+
+    def prove(config: Config | None, *others: object) -> bool:
+        called.append((config and config.name, *others))
+        return holds
+
+    monkeypatch.setattr(command, "prove", prove)
+    words = ["prove", str(config), "--quick", "-o", "out", "--comfyui", "a", "--aitoolkit", "b"]
+    assert [CliRunner().invoke(app, given).exit_code for given in (words, ["prove"])] == [0 if holds else 1] * 2
+    projects = {"comfyui": Path("a"), "aitoolkit": Path("b")}
+    assert called == [("mine", True, Path("out"), projects), (None, False, Path("prove"), {})]
 
 
 def test_other_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -25,7 +25,7 @@ NOT_RUN = {
     f'pip install "{WHEEL}[ui]"': "downloads; tests/end_to_end/test_wheel.py installs the wheel alone",
     'pip install "zimage-train[modelscope]"': "downloads",
     "export ZIMAGE_TRAIN_HUB=modelscope": "changes the shell of whoever types it; tests/models sets it",
-    "zimage-train prove --quick": "takes a minute and a half; tests/end_to_end/test_wheel.py runs the whole",
+    "zimage-train prove --quick": "takes a minute and a half; test_wheel.py runs the whole, test_prove.py its options",
     "zimage-train ui": "serves until it is stopped; tests/ui runs it",
     "zimage-train publish runs/my_run --license apache-2.0 --to ORG/REPO": "uploads; test_publish.py does",
     "zimage-train download turbo": "downloads 21 GB; tests/commands/test_download.py downloads from a hub of its own",
