@@ -336,8 +336,8 @@ def test_calibration_is_the_median(tmp_path):
     found = calibration.calibration_factor(path, "4090")
     assert (found.runs, found.time, found.memory) == (3, pytest.approx(1.3), pytest.approx(1.05))
     assert found.spread == pytest.approx(0.7 / 1.3)
-    runs = "from 3 runs here, which differ by up to 54%"
-    assert found.in_words(is_card_known=True) == f"corrected by x1.30 {runs}, memory x1.05"
+    runs = "from 3 runs here, which differ by up to 54%, memory x1.05"
+    assert found.in_words(is_card_known=True) == f"corrected by x1.30 {runs}"
     assert found.in_words(is_card_known=False) == runs
     assert calibration.calibration_factor(path, "3090").memory is None
 

@@ -48,15 +48,14 @@ class CalibrationFactor:
 
         Args:
             is_card_known: whether the prediction was made for the card itself. Otherwise it was made for a typical one,
-                and the factor tells nobody anything.
+                and the factor of its time tells nobody anything.
         """
         runs = "one run here"
         if self.runs > 1:
             runs = f"{self.runs} runs here, which differ by up to {self.spread:.0%}"
-        if not is_card_known:
-            return f"from {runs}"
         memory = f", memory x{self.memory:.2f}" if self.memory is not None else ""
-        return f"corrected by x{self.time:.2f} from {runs}{memory}"
+        correction = f"corrected by x{self.time:.2f} " if is_card_known else ""
+        return f"{correction}from {runs}{memory}"
 
 
 def device_key(device: str, parameters: int) -> str:
