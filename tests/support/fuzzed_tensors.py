@@ -26,7 +26,7 @@ from zimage_train.report import preview_images
 from zimage_train.training import checkpoint, device_plan
 
 from fuzzed_texts import given
-from fuzzing import FileReader
+from fuzzing import MEGABYTES, FileReader
 from image_files import encoded, gradient, with_hole
 from lora_files import random_lora
 from lora_files import write as write_lora
@@ -359,7 +359,7 @@ def _json(value: object) -> Any:
     return given(json.dumps(value).encode())
 
 
-PIXELS_MB = 200 + 4 * images.MAX_PIXELS // 1_000_000
+PIXELS_MB = MEGABYTES + 4 * images.MAX_PIXELS // 1_000_000
 """A small file may claim as many pixels as are accepted, and Pillow reserves 4 bytes for each before it decodes any."""
 IMAGES = [
     FileReader("image", "a.png", _image, _pictures, megabytes=PIXELS_MB),
